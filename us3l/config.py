@@ -1,0 +1,368 @@
+"""Typed configuration: dataclasses, filled from a recipe or YAML file and `KEY=VALUE` overrides by OmegaConf.
+
+Every key exists here with its type, unit and default; anything else is a :class:`ConfigError` that names the nearest
+valid key. Recipes are the YAML files of the package `us3l.recipes`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from us3l.errors import ConfigError
+
+
+def _one_of(default: str, *others: str) -> Any:
+    """A string field with a closed list of choices."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+def _number(
+    default: float | int | None, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> Any:
+    """A number field (None: may be absent), required to be > above, >= least and <= most."""
+    return field(default=default, metadata={"above": above, "least": least, "most": most})
+
+
+@dataclass
+class ModelConfig:
+    """The backbone. Channel counts are those of width 1.0."""
+
+    name: str = _one_of("resnet18", "resnet34", "resnet50", "mobilenet_v2", "resnet_tiny")
+    stem: str = _one_of("cifar", "imagenet", "small")  # small: 3x3, stride 2
+    in_channels: int = _number(3, least=1)
+    divisor: int = _number(8, least=1)  # active channels are rounded to multiples of it
+    norm: str = _one_of("sliced", "switchable")  # switchable: one private norm per width of a fixed list
+    base_channels: int = _number(64, least=1)  # channels of the first stage; read by resnet_tiny only
+
+
+@dataclass
+class DataConfig:
+    """The images."""
+
+    name: str = _one_of("fashion_mini", "fashion_mnist", "cifar10", "cifar100", "image_folder", "random")
+    root: str | None = None  # folder of the data set; the embedded and random ones need none
+    size: int | None = _number(None, least=1)  # side of the training views, pixels; None: the data set's own
+    batch_size: int = _number(128, least=2)  # images per step and process; each gives two views
+    workers: int = _number(0, least=0)  # loader processes
+    train_samples: int | None = _number(None, least=1)  # the first n images; None: all
+    test_samples: int | None = _number(None, least=1)
+    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # area of the random crops, fractions
+
+
+@dataclass
+class MethodConfig:
+    """The self-supervised method and the three switches of US3L (method.base_loss, .target, .aux_head)."""
+
+    name: str = _one_of("simclr", "simsiam", "byol")
+    hidden_dim: int = _number(2048, least=1)  # projector
+    dim: int = _number(256, least=1)  # embeddings
+    predictor_hidden: int | None = _number(None, least=1)  # None: hidden_dim
+    base_loss: str = _one_of("infonce", "cosine")
+    temperature: float = _number(0.5, above=0)  # of InfoNCE
+    target: str = _one_of("momentum", "live")  # live: the full network's own detached projections
+    momentum: float = _number(
+        0.99, least=0, most=1
+    )  # of the teacher: t = m t + (1 - m) s, once per iteration
+    distillation: str = _one_of("cosine", "infonce", "none")  # none: the base loss at every width
+    aux_head: bool = True  # sub-networks predict through a head of their own
+
+
+@dataclass
+class SamplerConfig:
+    """The widths of an iteration."""
+
+    kind: str = _one_of("dynamic", "sandwich", "uniform", "fixed")
+    n: int = _number(3, least=1)  # widths per iteration; `fixed` reads `widths` instead
+    min_width: float = _number(0.25, above=0, most=1)
+    widths: list[float] = field(
+        default_factory=lambda: [1.0, 0.75, 0.5, 0.25]
+    )  # fixed; one entry: an individual net
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimizer and schedule: linear warm-up, then cosine to 0, per iteration."""
+
+    name: str = _one_of("sgd", "adamw")
+    lr: float = _number(0.1, least=0)  # peak learning rate, as is (never scaled by the batch size)
+    momentum: float = _number(0.9, least=0, most=1)  # sgd
+    weight_decay: float = _number(1e-4, least=0)
+    warmup_epochs: int = _number(0, least=0)
+    clip_norm: float | None = _number(None, above=0)  # largest 2-norm of the whole gradient
+
+
+@dataclass
+class RegulariserConfig:
+    """group: lambda_g = weight_decay / 2 * (1 - alpha * g) for channel group g replaces the plain weight decay."""
+
+    kind: str = _one_of("group", "none")
+    alpha: float = _number(0.05, least=0)  # reached at half of the epochs
+    groups: int = _number(8, least=1)
+    warmup_epochs: int = _number(0, least=0)  # epochs with alpha = 0, before its linear ramp
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    epochs: int = _number(100, least=1)
+    step: str = _one_of(
+        "joint", "per_width"
+    )  # one update per iteration, or (as published) one after every width
+    amp: str = _one_of("none", "bf16", "fp16")  # fp16 with a gradient scaler
+    channels_last: bool = True
+    seed: int = _number(0, least=0)
+    device: str = "auto"  # "auto": CUDA when there is a GPU; else what torch.device takes
+    threads: int | None = _number(None, least=1)  # CPU threads of torch; None: its own choice
+    knn_every: int = _number(0, least=0)  # epochs between online kNN evaluations; 0: never
+    log_every: int = _number(10, least=1)  # steps between readings of the losses
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written (also at the end of every epoch and of the run), and how many are kept."""
+
+    dir: str = "runs/us3l"
+    every_minutes: float = _number(10.0, above=0)
+    every_steps: int | None = _number(None, least=1)
+    keep: int = _number(2, least=1)  # newest checkpoints; the best by online kNN is kept beside them
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    regulariser: RegulariserConfig = field(default_factory=RegulariserConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def load(name_or_file: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """A checked :class:`Config`: the defaults, then a recipe's name or a YAML file, then `section.key=value` overrides.
+
+    Raises :class:`ConfigError` for an unknown recipe or file, an unknown key (naming the nearest valid one), an
+    ill-typed value, a value out of its range or list of choices, and combinations that contradict each other.
+    """
+    layers: list[tuple[str, Any]] = []
+    if name_or_file is not None:
+        layers.append(_read(name_or_file))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"expected KEY=VALUE, e.g. train.epochs=20, but got {override!r}")
+        try:
+            layers.append((f"override {override!r}", OmegaConf.from_dotlist([override])))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read override {override!r}: {error}") from None
+    return _build(layers)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The checked Config of nested dicts, as written by :func:`to_dict`. Errors as in :func:`load`."""
+    return _build([("configuration", OmegaConf.create(values))])
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dicts, lists, strings, numbers: what a checkpoint stores."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def to_yaml(config: Config) -> str:
+    """YAML text that :func:`load` reads back to an equal Config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def recipes() -> list[str]:
+    """Names that `--config` accepts besides a file."""
+    folder = resources.files("us3l") / "recipes"
+    if not folder.is_dir():
+        return []
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def validate(config: Config) -> None:
+    """Check ranges, choices and combinations; :func:`load` does so. Raises :class:`ConfigError`."""
+    for key, value, spec in _leaves(config):
+        _check_value(key, value, spec)
+
+    _require(
+        len(config.data.crop_scale) == 2 and 0 < config.data.crop_scale[0] <= config.data.crop_scale[1] <= 1,
+        "data.crop_scale",
+        "two fractions of the area, 0 < smallest <= largest <= 1",
+        config.data.crop_scale,
+    )
+    widths = config.sampler.widths
+    _require(
+        len(widths) > 0 and len(set(widths)) == len(widths) and all(0 < width <= 1 for width in widths),
+        "sampler.widths",
+        "different widths in (0, 1]",
+        widths,
+    )
+    if config.model.norm == "switchable" and config.sampler.kind != "fixed":
+        raise ConfigError(
+            "model.norm=switchable has one norm per width of a fixed list and so needs sampler.kind=fixed, "
+            f"but sampler.kind is {config.sampler.kind!r}"
+        )
+    alone = len(widths) == 1 if config.sampler.kind == "fixed" else config.sampler.n == 1
+    if alone and config.method.distillation != "none":
+        raise ConfigError(
+            f"method.distillation={config.method.distillation} teaches sub-networks, but the sampler draws one width "
+            "per iteration: set method.distillation=none, or more sampler.widths (kind fixed) or sampler.n (others)"
+        )
+    if config.sampler.kind == "sandwich" and config.sampler.n < 2:
+        raise ConfigError(
+            f"sampler.kind=sandwich always draws 1.0 and min_width: expected sampler.n >= 2, got {config.sampler.n}"
+        )
+    if config.regulariser.kind == "group":
+        last = 1 - config.regulariser.alpha * (config.regulariser.groups - 1)
+        _require(
+            last >= 0,
+            "regulariser.alpha",
+            f"at most 1 / (groups - 1) = {1 / max(1, config.regulariser.groups - 1):.4g}, "
+            "or the last group's decay would be negative",
+            config.regulariser.alpha,
+        )
+        if config.regulariser.alpha > 0 and config.regulariser.warmup_epochs >= max(
+            1, config.train.epochs / 2
+        ):
+            raise ConfigError(
+                "regulariser.alpha ramps up between regulariser.warmup_epochs and half of train.epochs: expected "
+                f"warmup_epochs < {config.train.epochs / 2:g}, got {config.regulariser.warmup_epochs}"
+            )
+    if config.optimizer.warmup_epochs >= config.train.epochs and config.optimizer.warmup_epochs > 0:
+        raise ConfigError(
+            f"optimizer.warmup_epochs must be smaller than train.epochs ({config.train.epochs}), "
+            f"got {config.optimizer.warmup_epochs}"
+        )
+
+
+def _require(condition: bool, key: str, expected: str, given: object) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: expected {expected}, got {given!r}")
+
+
+def _check_value(key: str, value: Any, spec: Field[Any]) -> None:
+    choices = spec.metadata.get("choices")
+    if choices is not None and value not in choices:
+        near = difflib.get_close_matches(value, choices, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(f"{key}: expected one of {', '.join(choices)}, got {value!r}{hint}")
+    if "least" in spec.metadata and value is not None:
+        above, least, most = (spec.metadata[bound] for bound in ("above", "least", "most"))
+        bounds = (
+            [f"> {above:g}"] * (above > -math.inf)
+            + [f">= {least:g}"] * (least > -math.inf)
+            + [f"<= {most:g}"] * (most < math.inf)
+        )
+        inside = value > above and value >= least and value <= most and math.isfinite(value)
+        _require(inside, key, f"a finite number {' and '.join(bounds)}", value)
+
+
+def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
+    for spec in fields(section):
+        value = getattr(section, spec.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{spec.name}.")
+        else:
+            yield f"{prefix}{spec.name}", value, spec
+
+
+def _read(name_or_file: str) -> tuple[str, Any]:
+    path = Path(name_or_file)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        source = f"file {name_or_file}"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read the configuration file {name_or_file}: {error.strerror}"
+            ) from None
+    else:
+        known = recipes()
+        if name_or_file not in known:
+            near = difflib.get_close_matches(name_or_file, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"--config: expected a YAML file or a recipe ({', '.join(known)}), got {name_or_file!r}{hint}"
+            )
+        source = f"recipe {name_or_file}"
+        text = (resources.files("us3l") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+    try:
+        layer = OmegaConf.create(text)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from None
+    return source, layer
+
+
+def _build(layers: list[tuple[str, Any]]) -> Config:
+    merged = OmegaConf.structured(Config)
+    for source, layer in layers:
+        _require(
+            OmegaConf.is_dict(layer), source, "sections of keys and values", OmegaConf.to_container(layer)
+        )
+        for name, section in layer.items():
+            if name in merged:
+                _require(
+                    OmegaConf.is_dict(section),
+                    f"{source}: {name}",
+                    "a section of keys, e.g. train.epochs=20",
+                    section,
+                )
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except ConfigKeyError as error:
+            raise ConfigError(
+                f"{source}: unknown key {error.full_key!r}{_nearest(error.full_key or '')}"
+            ) from None
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {_ill_typed(error, layer)}") from None
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{source}: {error}") from None
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def _ill_typed(error: ValidationError, layer: Any) -> str:
+    key = error.full_key or ""
+    section, leaf = Config(), key.split(".")
+    for part in leaf[:-1]:
+        section = getattr(section, part, section)
+    hints = get_type_hints(type(section))
+    name = leaf[-1].partition("[")[0]
+    if name not in hints:
+        return str(error).splitlines()[0]
+    hint = hints[name]
+    expected = hint.__name__ if isinstance(hint, type) else str(hint)
+    return f"{key}: expected {expected}, got {OmegaConf.select(layer, key)!r}"
+
+
+def _nearest(key: str) -> str:
+    """The valid key closest to `key`, compared as a whole and, since a section is easily forgotten, by its last part."""
+    valid = [name for name, _, _ in _leaves(Config())] + [spec.name for spec in fields(Config)]
+    leaf = key.rpartition(".")[2]
+
+    def similarity(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        last = difflib.SequenceMatcher(None, leaf, candidate.rpartition(".")[2]).ratio()
+        return whole + last
+
+    return f"; did you mean {max(valid, key=similarity)!r}?"
