@@ -1,4 +1,4 @@
-"""US3L: universally slimmable self-supervised learning. One training run, one set of weights, a network for every width."""
+"""US3L: universally slimmable self-supervised learning: one run, one set of weights, a network per width."""
 
 from __future__ import annotations
 

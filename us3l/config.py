@@ -1,7 +1,7 @@
 """Typed configuration: dataclasses, filled from a recipe or YAML file and `KEY=VALUE` overrides by OmegaConf.
 
-Every key exists here with its type, unit and default; anything else is a :class:`ConfigError` that names the nearest
-valid key. Recipes are the YAML files of the package `us3l.recipes`.
+Every key exists here with its type, unit and default; anything else is a :class:`ConfigError` that names the
+nearest valid key. Recipes are the YAML files of the package `us3l.recipes`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
@@ -103,7 +103,7 @@ class OptimizerConfig:
 
 @dataclass
 class RegulariserConfig:
-    """group: lambda_g = weight_decay / 2 * (1 - alpha * g) for channel group g replaces the plain weight decay."""
+    """group: lambda_g = weight_decay / 2 * (1 - alpha g) for channel group g replaces plain weight decay."""
 
     kind: str = _one_of("group", "none")
     alpha: float = _number(0.05, least=0)  # reached at half of the epochs
@@ -153,10 +153,10 @@ class Config:
 
 
 def load(name_or_file: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """A checked :class:`Config`: the defaults, then a recipe's name or a YAML file, then `section.key=value` overrides.
+    """A checked :class:`Config`: the defaults, then a recipe or YAML file, then `section.key=value` overrides.
 
-    Raises :class:`ConfigError` for an unknown recipe or file, an unknown key (naming the nearest valid one), an
-    ill-typed value, a value out of its range or list of choices, and combinations that contradict each other.
+    Raises :class:`ConfigError` for an unknown recipe or file, an unknown key (naming the nearest valid one),
+    an ill-typed value, a value out of its range or list of choices, and combinations that contradict.
     """
     layers: list[tuple[str, Any]] = []
     if name_or_file is not None:
@@ -223,12 +223,14 @@ def validate(config: Config) -> None:
     alone = len(widths) == 1 if config.sampler.kind == "fixed" else config.sampler.n == 1
     if alone and config.method.distillation != "none":
         raise ConfigError(
-            f"method.distillation={config.method.distillation} teaches sub-networks, but the sampler draws one width "
-            "per iteration: set method.distillation=none, or more sampler.widths (kind fixed) or sampler.n (others)"
+            f"method.distillation={config.method.distillation} teaches sub-networks, but the sampler draws one "
+            "width per iteration: set method.distillation=none, or more sampler.widths (kind fixed) or "
+            "sampler.n (others)"
         )
     if config.sampler.kind == "sandwich" and config.sampler.n < 2:
         raise ConfigError(
-            f"sampler.kind=sandwich always draws 1.0 and min_width: expected sampler.n >= 2, got {config.sampler.n}"
+            "sampler.kind=sandwich always draws 1.0 and min_width: expected sampler.n >= 2, "
+            f"got {config.sampler.n}"
         )
     if config.regulariser.kind == "group":
         last = 1 - config.regulariser.alpha * (config.regulariser.groups - 1)
@@ -243,8 +245,8 @@ def validate(config: Config) -> None:
             1, config.train.epochs / 2
         ):
             raise ConfigError(
-                "regulariser.alpha ramps up between regulariser.warmup_epochs and half of train.epochs: expected "
-                f"warmup_epochs < {config.train.epochs / 2:g}, got {config.regulariser.warmup_epochs}"
+                "regulariser.alpha ramps up between regulariser.warmup_epochs and half of train.epochs: "
+                f"expected warmup_epochs < {config.train.epochs / 2:g}, got {config.regulariser.warmup_epochs}"
             )
     if config.optimizer.warmup_epochs >= config.train.epochs and config.optimizer.warmup_epochs > 0:
         raise ConfigError(
@@ -356,7 +358,7 @@ def _ill_typed(error: ValidationError, layer: Any) -> str:
 
 
 def _nearest(key: str) -> str:
-    """The valid key closest to `key`, compared as a whole and, since a section is easily forgotten, by its last part."""
+    """The valid key closest to `key`: as a whole and, since a section is easily forgotten, by its last part."""
     valid = [name for name, _, _ in _leaves(Config())] + [spec.name for spec in fields(Config)]
     leaf = key.rpartition(".")[2]
 

@@ -1,4 +1,7 @@
-"""Errors that are the user's to fix. The command line prints their message alone; everything else is a bug and keeps its traceback."""
+"""Errors that are the user's to fix.
+
+The command line prints their message alone; everything else is a bug and keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ class US3LError(Exception):
 
 
 class ConfigError(US3LError):
-    """A configuration key or value is wrong; the message names the key, what was expected and what was given."""
+    """A configuration key or value is wrong; the message names the key, what was expected and given."""
 
 
 class DataError(US3LError):
