@@ -1,0 +1,30 @@
+"""Evaluation of pre-trained sub-networks: calibration, features, kNN, linear probe, collapse measures."""
+
+from __future__ import annotations
+
+from us3l.evaluation.calibration import calibrate
+from us3l.evaluation.features import features
+from us3l.evaluation.knn import knn_accuracy
+from us3l.evaluation.linear import (
+    CIFAR_PROTOCOL,
+    IMAGENET_PROTOCOL,
+    SGDProtocol,
+    linear_probe,
+    linear_probe_sgd,
+)
+from us3l.evaluation.protocol import evaluate
+from us3l.evaluation.spread import effective_rank, spread
+
+__all__ = [
+    "CIFAR_PROTOCOL",
+    "IMAGENET_PROTOCOL",
+    "SGDProtocol",
+    "calibrate",
+    "effective_rank",
+    "evaluate",
+    "features",
+    "knn_accuracy",
+    "linear_probe",
+    "linear_probe_sgd",
+    "spread",
+]

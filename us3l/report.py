@@ -1,0 +1,121 @@
+"""What people read at the end: tables, plots of accuracy against cost, JSON that is never half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+Row = Mapping[str, Any]  # one sub-network: width, accuracy (%), macs, params, ... (us3l.evaluation.evaluate)
+
+_AXES = {"macs": "multiply-adds per image", "params": "parameters"}
+# Okabe & Ito's palette: distinguishable with every common form of colour blindness.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_MARKERS = "osD^vP*X"
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as JSON so that `path` holds the old file or the whole new one, whatever happens."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def quantity(number: float) -> str:
+    """A count with three digits and a unit: 11.2M, 555M, 1.81G."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * scale:
+            scaled = number / scale
+            return f"{scaled:.{max(0, 2 - len(str(int(scaled))) + 1)}f}{unit}"
+    return f"{number:.0f}"
+
+
+def evaluation_table(rows: Sequence[Row], *, title: str) -> Table:
+    """One line per sub-network, widest first."""
+    table = Table(title=title, title_justify="left")
+    for name in ("width", "accuracy %", "MACs", "params"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["width"]), f"{row['accuracy']:.2f}", quantity(row["macs"]), quantity(row["params"])
+        )
+    return table
+
+
+def plot_accuracy(
+    series: Mapping[str, Sequence[Row]], path: str | Path, *, x: str = "macs", title: str = ""
+) -> Path:
+    """Write a PNG of accuracy against `x`, one line per entry of `series` (name -> rows); return its path.
+
+    Rows that carry a `deviation` (of the accuracy, over seeds) get error bars.
+
+    Raises:
+        ValueError: `series` is empty, or `x` is not "macs" or "params".
+    """
+    if x not in _AXES:
+        raise ValueError(f"x: expected one of {', '.join(_AXES)}, got {x!r}")
+    if not any(series.values()):
+        raise ValueError("series: expected at least one row to plot, got none")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    # No pyplot: neither a display nor global state is needed, or touched.
+    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    ticks: dict[float, str] = {}
+    for index, (name, rows) in enumerate(series.items()):
+        if not rows:
+            continue
+        points = sorted(rows, key=lambda row: row[x])
+        axes.errorbar(
+            [row[x] for row in points],
+            [row["accuracy"] for row in points],
+            yerr=[row.get("deviation", 0.0) for row in points] if "deviation" in points[0] else None,
+            label=name,
+            color=_COLOURS[index % len(_COLOURS)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=5,
+            linewidth=1.6,
+            capsize=2,
+            elinewidth=0.9,
+        )
+        ticks.update((row[x], f"{quantity(row[x])}\n{row['width']}") for row in points)
+    axes.set_xscale("log")
+    if len(ticks) <= 8:  # the usual four widths: say which they are
+        axes.set_xticks(sorted(ticks), [ticks[value] for value in sorted(ticks)])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", which="minor", bottom=False)
+        axes.set_xlabel(f"{_AXES[x]} (below: width)")
+    else:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value)))
+        axes.set_xlabel(_AXES[x])
+    axes.set_ylabel("test accuracy (%)")
+    if title:
+        axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
