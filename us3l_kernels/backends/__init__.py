@@ -1,0 +1,232 @@
+"""The registry of backends: who can run an operation, who was asked for, who is taken.
+
+Every backend is one file with one class. It says in `why_not` what it cannot do, and that one predicate serves the
+automatic choice, an explicit request and the text of the error. A backend that was asked for by name runs or raises;
+only `auto` (the default) goes on to the next.
+
+    with us3l_kernels.backend("aten"): ...            # every operation
+    with us3l_kernels.backend("conv2d=aten"): ...     # one operation; the others stay on `auto`
+    US3L_BACKEND=reference python train.py            # the same, from the environment
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("us3l_kernels")
+
+OPS = ("conv2d", "linear", "batch_norm", "layer_norm")
+
+
+class BackendError(RuntimeError):
+    """An explicitly requested backend cannot run an operation."""
+
+
+class Backend:
+    """One implementation of the sliced operations.
+
+    Methods have the names and the arguments of the registered operators (see `us3l_kernels.library`), less the
+    backend's name: `conv2d`, `conv2d_backward`, and so on. A backend implements the forward and the backward of
+    each operation that its `ops` names.
+    """
+
+    name: str
+    ops: tuple[str, ...] = OPS
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run here at all (a missing library, say); None if it can."""
+        return None
+
+    def why_not(self, op: str, x: Tensor, weight: Tensor | None) -> str | None:
+        """Why this backend cannot run `op` on an input like `x` and a parameter like `weight`; None if it can."""
+        return None
+
+    def can_run(self, op: str, x: Tensor, weight: Tensor | None, *, raise_error: bool = False) -> bool:
+        """Whether the backend takes `op` for these tensors; with `raise_error`, a BackendError tells the reason."""
+        reason = self.unavailable()
+        if reason is None and op not in self.ops:
+            reason = f"it has no {op}"
+        if reason is None:
+            reason = self.why_not(op, x, weight)
+        if reason is not None and raise_error:
+            raise BackendError(
+                f"backend {self.name!r} was asked for and cannot run {op}: {reason}. "
+                f"Use backend('auto'), or name a backend for this operation alone: backend('{op}=aten')"
+            )
+        return reason is None
+
+    def conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out_channels: int,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        """[N, C, H, W] -> [N, out_channels, H', W'], in any memory format."""
+        raise NotImplementedError
+
+    def conv2d_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        need_grad_x: bool,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor | None:
+        """Adds into the prefixes of the full-size `grad_weight` and `grad_bias` (None: not needed); returns dX."""
+        raise NotImplementedError
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, in_features: int
+    ) -> Tensor:
+        """[..., >= in_features] -> [..., out_features]."""
+        raise NotImplementedError
+
+    def linear_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        need_grad_x: bool,
+        in_features: int,
+    ) -> Tensor | None:
+        """Adds into the prefixes of `grad_weight` and `grad_bias`; returns dX (zero past `in_features`)."""
+        raise NotImplementedError
+
+    def batch_norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        residual: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        views: int,
+        activation: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, C, *] -> (y, mean [V, C], rstd [V, C]) (V = 1 unless training); updates running statistics.
+
+        All vectors are full size (>= C): their prefix is used. mean and rstd have the dtype of the statistics:
+        float32 for half precision x, that of x otherwise.
+        """
+        raise NotImplementedError
+
+    def batch_norm_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        need_grad_x: bool,
+        need_grad_residual: bool,
+        training: bool,
+        views: int,
+        activation: str | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Adds into the prefixes of `grad_weight` and `grad_bias`; returns (dX, dResidual).
+
+        `y` is the forward's output (the activation's mask comes from it); it is only read with an activation.
+        dResidual is asked for only with an activation: without one it is `grad` itself.
+        """
+        raise NotImplementedError
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [..., C] -> (y, mean [..., 1], rstd [..., 1])."""
+        raise NotImplementedError
+
+    def layer_norm_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        need_grad_x: bool,
+    ) -> Tensor | None:
+        """Adds into the prefixes of `grad_weight` and `grad_bias`; returns dX."""
+        raise NotImplementedError
+
+
+def _parse(spec: str) -> dict[str, str]:
+    """'aten' or 'conv2d=aten,batch_norm=native' -> backend per operation; what is not named is 'auto'."""
+    chosen = dict.fromkeys(OPS, "auto")
+    for part in filter(None, (p.strip() for p in spec.split(","))):
+        op, separator, name = part.rpartition("=")
+        if name not in (*BACKENDS, "auto"):
+            raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {name!r}")
+        if separator and op not in OPS:
+            raise ValueError(f"backend: expected an operation out of {list(OPS)}, got {op!r}")
+        chosen.update({op: name} if separator else dict.fromkeys(OPS, name))
+    return chosen
+
+
+@contextmanager
+def backend(spec: str) -> Iterator[None]:
+    """Run the operations inside on the named backend; `spec` is a name or 'op=name,op=name'.
+
+    Raises ValueError for an unknown name. An operation that the backend cannot run raises BackendError.
+    """
+    global _requested
+    before, _requested = _requested, _parse(spec)
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def choose(op: str, x: Tensor, weight: Tensor | None) -> str:
+    """The name of the backend for `op`: the requested one (or an error), else the first that can run it."""
+    requested = _requested[op]
+    if requested != "auto":
+        BACKENDS[requested].can_run(op, x, weight, raise_error=True)
+        return requested
+    for name, candidate in BACKENDS.items():
+        if candidate.can_run(op, x, weight):
+            return name
+        if not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
+            reason = candidate.unavailable() or candidate.why_not(op, x, weight)
+            log.debug("%s: not on %s: %s", op, name, reason or "not implemented")
+    raise BackendError(
+        f"no backend can run {op} for dtype {x.dtype} on {x.device}; the DEBUG log of 'us3l_kernels' says why not"
+    )
+
+
+def _registry() -> dict[str, Backend]:
+    from us3l_kernels.backends.aten import AtenBackend
+    from us3l_kernels.backends.native import NativeBackend
+    from us3l_kernels.backends.reference import ReferenceBackend
+
+    # In the order in which `auto` asks them.
+    return {b.name: b for b in (NativeBackend(), AtenBackend(), ReferenceBackend())}
+
+
+BACKENDS: dict[str, Backend] = _registry()
+_requested: dict[str, str] = _parse(os.environ.get("US3L_BACKEND", "auto"))

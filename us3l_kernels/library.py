@@ -1,0 +1,377 @@
+"""The registered operators `torch.ops.us3l.*`: schemas, fakes, autograd formulas.
+
+Every operation is one forward operator and one backward operator; the backend is an argument, chosen before the call
+(`us3l_kernels.backends.choose`), so that a traced graph holds the choice. A backward operator ADDS the parameters'
+gradients into the prefixes of the full-size tensors it is given: fresh zeros in the ordinary case, the attached buffer
+when gradients are accumulated in place (`us3l_kernels.gradients`). That is the whole difference between the two.
+
+Outputs have defined strides: channels_last if x or the weight is, contiguous otherwise. Gradients of x have the strides of x
+made dense. Differentiating twice raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from us3l_kernels.backends import BACKENDS
+from us3l_kernels.gradients import slot_of
+
+LIBRARY = torch.library.Library("us3l", "DEF")
+
+_CONV = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+SCHEMAS = (
+    f"conv2d(Tensor x, Tensor weight, Tensor? bias, SymInt out_channels, {_CONV}, str backend) -> Tensor",
+    "conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, Tensor(b!)? grad_bias,"
+    f" bool need_grad_x, {_CONV}, str backend) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, SymInt in_features, str backend) -> Tensor",
+    "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, Tensor(b!)? grad_bias,"
+    " bool need_grad_x, SymInt in_features, str backend) -> Tensor",
+    "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " Tensor? residual, bool training, float momentum, float eps, SymInt views, str? activation, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    "batch_norm_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor mean, Tensor rstd,"
+    " Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, bool need_grad_x, bool need_grad_residual, bool training,"
+    " SymInt views, str? activation, str backend) -> (Tensor, Tensor)",
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str backend) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor(a!)? grad_weight,"
+    " Tensor(b!)? grad_bias, bool need_grad_x, str backend) -> Tensor",
+)
+for _schema in SCHEMAS:
+    LIBRARY.define(_schema)
+ops = torch.ops.us3l
+
+
+# ---------------------------------------------------------------------------------------------- strides
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether a 4-D tensor is laid out with channels innermost (also as a prefix slice of such a tensor)."""
+    return t.dim() == 4 and t.stride(1) == 1 and not t.is_contiguous()
+
+
+def _dense(t: Tensor, channels_last: bool) -> Tensor:
+    """`t` with exactly the strides of a fresh dense tensor of that format; no copy if it has them."""
+    t = t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    wanted = _empty(t, t.shape, channels_last, device="meta").stride()
+    return t if t.stride() == wanted else t.as_strided(t.shape, wanted)  # dimensions of size 1
+
+
+def _empty(like: Tensor, shape: Sequence[int], channels_last: bool, **options: Any) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, memory_format=memory_format, **{"device": like.device, **options})
+
+
+def _gradient_of(x: Tensor, dx: Tensor | None, needed: bool) -> Tensor:
+    """An operator must return a tensor: an empty one stands for a gradient that was not asked for."""
+    return _dense(dx, is_channels_last(x)) if needed and dx is not None else x.new_empty(0)
+
+
+def _fake_gradient_of(x: Tensor, needed: bool) -> Tensor:
+    return _empty(x, x.shape, is_channels_last(x)) if needed else x.new_empty(0)
+
+
+# ---------------------------------------------------------------------------------------------- kernels and fakes
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    y = BACKENDS[args[-1]].conv2d(x, weight, bias, *args[:-1])
+    return _dense(y, is_channels_last(x) or is_channels_last(weight))
+
+
+def _conv2d_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+) -> Tensor:
+    height, width = (
+        (x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(2 + d) - 1) - 1) // stride[d] + 1
+        for d in (0, 1)
+    )
+    return _empty(
+        x, (x.size(0), out_channels, height, width), is_channels_last(x) or is_channels_last(weight)
+    )
+
+
+def _conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, gw: Tensor | None, gb: Tensor | None, need_grad_x: bool, *args: Any
+) -> Tensor:
+    dx = BACKENDS[args[-1]].conv2d_backward(grad, x, weight, gw, gb, need_grad_x, *args[:-1])
+    return _gradient_of(x, dx, need_grad_x)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: int, in_: int, backend: str) -> Tensor:
+    return BACKENDS[backend].linear(x, weight, bias, out, in_).contiguous()
+
+
+def _linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: int, in_: int, backend: str
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out))
+
+
+def _linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gw: Tensor | None,
+    gb: Tensor | None,
+    need_grad_x: bool,
+    in_features: int,
+    backend: str,
+) -> Tensor:
+    dx = BACKENDS[backend].linear_backward(grad, x, weight, gw, gb, need_grad_x, in_features)
+    return dx.contiguous() if dx is not None else x.new_empty(0)
+
+
+def _batch_norm(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = BACKENDS[args[-1]].batch_norm(x, *args[:-1])
+    return _dense(y, is_channels_last(x)), mean, rstd
+
+
+def _batch_norm_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    views: int,
+    activation: str | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean = x.new_empty((views if training else 1, x.size(1)), dtype=dtype)
+    return _empty(x, x.shape, is_channels_last(x)), mean, torch.empty_like(mean)
+
+
+def _batch_norm_backward(
+    grad: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    need_grad_x, need_grad_residual = args[4], args[5]
+    dx, dresidual = BACKENDS[args[-1]].batch_norm_backward(grad, x, y, weight, *args[:-1])
+    if dresidual is grad and need_grad_residual:  # an operator never returns its input
+        dresidual = grad.clone()
+    return _gradient_of(x, dx, need_grad_x), _gradient_of(x, dresidual, need_grad_residual)
+
+
+def _batch_norm_backward_fake(
+    grad: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    return _fake_gradient_of(x, args[4]), _fake_gradient_of(x, args[5])
+
+
+def _layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = BACKENDS[backend].layer_norm(x, weight, bias, eps)
+    return y.contiguous(), mean, rstd
+
+
+def _layer_norm_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean = x.new_empty((*x.shape[:-1], 1), dtype=dtype)
+    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+
+
+def _layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, *args: Any) -> Tensor:
+    dx = BACKENDS[args[-1]].layer_norm_backward(grad, x, weight, *args[:-1])
+    return dx.contiguous() if dx is not None else x.new_empty(0)
+
+
+def _fake_plain_backward(grad: Tensor, x: Tensor, *args: Any) -> Tensor:
+    need_grad_x = next(a for a in args if isinstance(a, bool))
+    return x.new_empty(x.shape if need_grad_x else 0)
+
+
+def _fake_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, gw: Any, gb: Any, need: bool, *_: Any) -> Tensor:
+    return _fake_gradient_of(x, need)
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+
+
+class _Gradients:
+    """Where the gradients of a layer's parameters go, and what is handed back to autograd."""
+
+    def __init__(self, ctx: Any, positions: dict[int, Tensor | None]) -> None:
+        self.into: list[Tensor | None] = []
+        self.returned: list[Tensor | None] = []
+        for position, parameter in positions.items():
+            if parameter is None or not ctx.needs_input_grad[position]:
+                destination, returned = None, None
+            elif (slot := slot_of(parameter)) is not None:
+                destination, returned = slot.destination(), None
+            else:
+                destination = returned = torch.zeros_like(parameter)
+            self.into.append(destination)
+            self.returned.append(returned)
+
+
+def _forward(ctx: Any, op: Callable[..., Any], tensors: Sequence[Tensor | None], args: Sequence[Any]) -> Any:
+    """Run the operator below autograd and remember what the backward needs."""
+    for t in tensors[1:3]:
+        if t is not None and (slot := slot_of(t)) is not None:
+            slot.refuse_ddp()
+    ctx.args = args
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*tensors, *args)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return _forward(ctx, ops.conv2d.default, (x, weight, bias), args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        parameters = _Gradients(ctx, {1: weight, 2: bias})
+        need_grad_x = ctx.needs_input_grad[0]
+        dx = ops.conv2d_backward(grad, x, weight, *parameters.into, need_grad_x, *ctx.args[1:])
+        return (dx if need_grad_x else None, *parameters.returned, *[None] * len(ctx.args))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return _forward(ctx, ops.linear.default, (x, weight, bias), args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        parameters = _Gradients(ctx, {1: weight, 2: bias})
+        need_grad_x = ctx.needs_input_grad[0]
+        dx = ops.linear_backward(grad, x, weight, *parameters.into, need_grad_x, *ctx.args[1:])
+        return (dx if need_grad_x else None, *parameters.returned, *[None] * len(ctx.args))
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        residual: Tensor | None,
+        *args: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (x, weight, bias, running_mean, running_var, residual)
+        y, mean, rstd = _forward(ctx, ops.batch_norm.default, tensors, args)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        training, _, _, _, activation, _ = args
+        # y gives the activation's mask, and is kept by the next layer anyway.
+        ctx.save_for_backward(x, y if activation is not None else None, weight, bias, mean, rstd)
+        return y, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (6 + len(ctx.args))
+        x, y, weight, bias, mean, rstd = ctx.saved_tensors
+        training, _, _, views, activation, backend = ctx.args
+        parameters = _Gradients(ctx, {1: weight, 2: bias})
+        need_grad_x, need_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        dx, dresidual = ops.batch_norm_backward(
+            grad,
+            x,
+            x if y is None else y,
+            weight,
+            mean,
+            rstd,
+            *parameters.into,
+            need_grad_x,
+            need_residual and activation is not None,
+            training,
+            views,
+            activation,
+            backend,
+        )
+        if activation is None:
+            dresidual = grad
+        return (
+            dx if need_grad_x else None,
+            *parameters.returned,
+            None,
+            None,
+            dresidual if need_residual else None,
+            *[None] * len(ctx.args),
+        )
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = _forward(ctx, ops.layer_norm.default, (x, weight, bias), args)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (3 + len(ctx.args))
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        parameters = _Gradients(ctx, {1: weight, 2: bias})
+        need_grad_x = ctx.needs_input_grad[0]
+        dx = ops.layer_norm_backward(grad, x, weight, mean, rstd, *parameters.into, need_grad_x, ctx.args[-1])
+        return (dx if need_grad_x else None, *parameters.returned, *[None] * len(ctx.args))
+
+
+def _autograd(function: type[torch.autograd.Function], op: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """The kernel above the operator: the Function if anything needs a gradient, else the operator at once."""
+
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensors]):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return kernel
+
+
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "conv2d": (_conv2d, _conv2d_fake),
+    "conv2d_backward": (_conv2d_backward, _fake_conv2d_backward),
+    "linear": (_linear, _linear_fake),
+    "linear_backward": (_linear_backward, _fake_plain_backward),
+    "batch_norm": (_batch_norm, _batch_norm_fake),
+    "batch_norm_backward": (_batch_norm_backward, _batch_norm_backward_fake),
+    "layer_norm": (_layer_norm, _layer_norm_fake),
+    "layer_norm_backward": (_layer_norm_backward, _fake_plain_backward),
+}
+for _name, (_kernel, _fake) in _KERNELS.items():
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"us3l::{_name}", _fake, lib=LIBRARY)
+
+LIBRARY.impl("conv2d", _autograd(_Conv2d, ops.conv2d.default, 3), "Autograd")
+LIBRARY.impl("linear", _autograd(_Linear, ops.linear.default, 3), "Autograd")
+LIBRARY.impl("batch_norm", _autograd(_BatchNorm, ops.batch_norm.default, 6), "Autograd")
+LIBRARY.impl("layer_norm", _autograd(_LayerNorm, ops.layer_norm.default, 3), "Autograd")
