@@ -1,0 +1,147 @@
+"""Group regularisation as a weight decay per row, and the step that SGD and AdamW share around it.
+
+US3L regularises later channels less, which leaves them more freedom: the loss gains sum_g lambda_g ||p_g||^2 with
+lambda_g = lambda (1 - alpha g) over equal groups g = 0, 1, ... of output channels (Cao, Sun and Zhou, "Three
+Guidelines You Should Know for Universally Slimmable Self-Supervised Learning", CVPR 2023). Its gradient is
+2 lambda_g p: with `weight_decay` = 2 lambda, a weight decay of weight_decay (1 - alpha g) for the rows of group g.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from us3l_kernels.gradients import has_gradient, slot_of
+from us3l_kernels.optim.ema import EMA
+
+
+def grouped_rows(param: Tensor) -> int:
+    """Rows that are cut into groups: output channels of a 4-D weight, elements of a 1-D one; 1 of any other."""
+    return param.shape[0] if param.ndim in (1, 4) else 1
+
+
+@lru_cache(maxsize=256)  # small vectors: the distinct row counts of a model times the last few alphas of a ramp
+def _decay_factors(
+    rows: int, ndim: int, alpha: float, groups: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    group = torch.arange(rows).div(max(1, rows // groups), rounding_mode="floor").clamp(max=groups - 1)
+    return (1.0 - alpha * group.double()).to(device, dtype).view((rows, 1, 1, 1)[:ndim])
+
+
+def decay_factors(param: Tensor, alpha: float, groups: int) -> Tensor:
+    """1 - alpha g of every row of `param`: a tensor that broadcasts over it, shared by all of the same row count."""
+    return _decay_factors(grouped_rows(param), param.ndim, alpha, groups, param.dtype, param.device)
+
+
+def check_number(options: dict[str, Any], name: str, *, below: float = math.inf) -> None:
+    """Raise ValueError unless options[name] is a real number in [0, below)."""
+    value = options[name]
+    if not (isinstance(value, Real) and 0.0 <= value < below):
+        raise ValueError(f"{name} must be a number in [0, {below}), got {value!r}")
+
+
+class GroupDecayOptimizer(torch.optim.Optimizer):
+    """Base of SGD and AdamW: their options, the parameters that take part in a step, zero_grad, the teacher."""
+
+    def _check(self, options: dict[str, Any]) -> None:
+        """Raise ValueError for an option out of its range. Options may change at any time: every step asks."""
+        for name in ("lr", "weight_decay", "alpha"):
+            check_number(options, name)
+        alpha, groups = options["alpha"], options["groups"]
+        if not (isinstance(groups, int) and groups >= 1):
+            raise ValueError(f"groups must be an integer >= 1, got {groups!r}")
+        if alpha * (groups - 1) > 1.0:
+            raise ValueError(
+                f"alpha must be at most 1 / (groups - 1) = {1 / (groups - 1):.4g}, "
+                f"or the last group would have a negative weight decay; got {alpha!r}"
+            )
+
+    def _update(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], ema: EMA | None
+    ) -> Iterable[Tensor]:
+        """Update `params`; return those whose teachers in `ema` the same pass has averaged."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's; an option out of range or a parameter that is not real raises ValueError."""
+        self._check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if not param.is_floating_point():
+                self.param_groups.pop()
+                raise ValueError(f"params must be floating-point tensors, got {param.dtype}")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's; a state whose groups lack one of our options raises ValueError."""
+        for group in state_dict["param_groups"]:
+            if missing := sorted(self.defaults.keys() - group.keys()):
+                raise ValueError(
+                    f"state_dict was not saved by us3l_kernels.optim.{type(self).__name__}: "
+                    f"its param_groups have no {', '.join(missing)}"
+                )
+        super().load_state_dict(state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients. An attached one (us3l_kernels.gradients) is zeroed in its buffer in either form."""
+        super().zero_grad(set_to_none)
+        slots = [slot for group in self.param_groups for p in group["params"] if (slot := slot_of(p)) is not None]
+        if slots:
+            torch._foreach_zero_([slot.view for slot in slots])
+            for slot in slots:
+                slot.touched = False
+                slot.parameter.grad = slot.view
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, ema: EMA | None = None
+    ) -> float | None:
+        """One update of all parameters, then of the teacher in `ema` from the updated ones.
+
+        Args:
+            closure: computes the loss and its gradients again and returns the loss, which is returned.
+            ema: average of (some of) the parameters; what the update's own pass does not reach is averaged after it.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+            ValueError: an option in `param_groups` or the momentum of `ema` has been set out of its range.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._check(group)
+        if ema is not None:
+            ema.check()
+        averaged: set[Tensor] = set()
+        for group in self.param_groups:
+            params, grads = self._with_gradients(group)
+            if params:
+                averaged.update(self._update(group, params, grads, ema))
+        if ema is not None:
+            ema.update(done=averaged)
+        return loss
+
+    def _with_gradients(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters that this step moves, and their gradients."""
+        params, grads = [], []
+        for index, param in enumerate(group["params"]):
+            if has_gradient(param):
+                if param.grad.layout is not torch.strided:
+                    name = group["param_names"][index] if "param_names" in group else f"number {index} of its group"
+                    raise RuntimeError(
+                        f"{type(self).__name__} takes dense gradients only; that of parameter {name} "
+                        f"is {param.grad.layout}"
+                    )
+                params.append(param)
+                grads.append(param.grad)
+            elif group["decay_without_grad"] and param.requires_grad:
+                params.append(param)
+                grads.append(torch.zeros_like(param))
+        return params, grads
