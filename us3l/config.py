@@ -132,10 +132,11 @@ class TrainConfig:
 class CheckpointConfig:
     """When checkpoints are written (also at the end of every epoch and of the run), and how many are kept."""
 
-    dir: str = "runs/us3l"
+    dir: str | None = "runs/us3l"  # also of the TensorBoard files; None: nothing is written
     every_minutes: float = _number(10.0, above=0)
     every_steps: int | None = _number(None, least=1)
     keep: int = _number(2, least=1)  # newest checkpoints; the best by online kNN is kept beside them
+    bit_identical: bool = True  # refuse to resume where another result is to be expected (ISA, backend, torch)
 
 
 @dataclass
@@ -153,7 +154,7 @@ class Config:
 
 
 def load(name_or_file: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """A checked :class:`Config`: the defaults, then a recipe or YAML file, then `section.key=value` overrides.
+    """A checked :class:`Config`: defaults, then a recipe or YAML file, then `section.key=value` overrides.
 
     Raises :class:`ConfigError` for an unknown recipe or file, an unknown key (naming the nearest valid one),
     an ill-typed value, a value out of its range or list of choices, and combinations that contradict.
@@ -185,6 +186,18 @@ def to_dict(config: Config) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """YAML text that :func:`load` reads back to an equal Config."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of every key in which two results of :func:`to_dict` differ."""
+    changes = []
+    for name in {**old, **new}:
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += [(f"{name}.{key}", a, b) for key, a, b in differences(before, after)]
+        elif before != after:
+            changes.append((name, before, after))
+    return changes
 
 
 def recipes() -> list[str]:
@@ -224,8 +237,7 @@ def validate(config: Config) -> None:
     if alone and config.method.distillation != "none":
         raise ConfigError(
             f"method.distillation={config.method.distillation} teaches sub-networks, but the sampler draws one "
-            "width per iteration: set method.distillation=none, or more sampler.widths (kind fixed) or "
-            "sampler.n (others)"
+            "width per iteration: set method.distillation=none, more sampler.widths (kind fixed) or sampler.n"
         )
     if config.sampler.kind == "sandwich" and config.sampler.n < 2:
         raise ConfigError(
@@ -358,7 +370,7 @@ def _ill_typed(error: ValidationError, layer: Any) -> str:
 
 
 def _nearest(key: str) -> str:
-    """The valid key closest to `key`: as a whole and, since a section is easily forgotten, by its last part."""
+    """The valid key closest to `key`: as a whole and, as sections are easily forgotten, by its last part."""
     valid = [name for name, _, _ in _leaves(Config())] + [spec.name for spec in fields(Config)]
     leaf = key.rpartition(".")[2]
 

@@ -1,0 +1,182 @@
+"""Checkpoints that survive a crash at any moment, and from which a run goes on bit by bit (on a CPU).
+
+A checkpoint is one file, a dict written by `torch.save` and read with `weights_only=True`:
+
+    format       1
+    config       nested dicts (us3l.config)
+    method       state_dict: student, heads and the momentum teacher
+    optimizer, scaler, sampler    their state_dicts
+    rng          states of the global random generators
+    epoch, batch the position: the next batch of the run is `batch` of `epoch`, both from 0
+    best         best online kNN accuracy so far (%), or None
+    statistics   calibrated statistics {width: {module: (mean, variance)}}, or None (see `us3l calibrate`)
+    environment  what the result depends on besides: versions, threads, instruction set, backends
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from us3l_kernels.version import __version__
+from us3l.errors import CheckpointError
+
+FORMAT = 1
+_KEYS = {
+    "format", "config", "method", "optimizer", "scaler", "sampler", "rng", "epoch", "batch", "best", "statistics",
+    "environment",
+}  # fmt: skip
+
+Checkpoint = dict[str, Any]
+
+
+def save(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` so that `path` holds either the old file or the whole new one, whatever happens."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    # The new name is safe against a power failure only once the folder is on the disk as well.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read and check a file written by :func:`save`; tensors come on the CPU.
+
+    Raises:
+        CheckpointError: no such file; a torn, corrupt or foreign one; or one of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        # torch.load reads flipped bits without complaint: the archive's checksums are for us to verify.
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {broken}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # broken bytes make the readers raise all kinds of exceptions
+        raise CheckpointError(f"{path} is not a readable checkpoint (torn, corrupt or foreign): {error}") from error
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise CheckpointError(f"{path} is not a checkpoint of us3l: expected a dict with the key 'format'")
+    if checkpoint["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {checkpoint['format']}, this version of us3l ({__version__}) reads {FORMAT}"
+        )
+    if missing := _KEYS - checkpoint.keys():
+        raise CheckpointError(f"{path} is not a whole checkpoint: it lacks {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: the `keep` newest, `step-000001234.pt`, and `best.pt`."""
+
+    def __init__(self, path: str | Path, keep: int) -> None:
+        self.path = Path(path)
+        self.keep = keep
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        """Paths of the numbered checkpoints, newest first."""
+        return iter(sorted(self.path.glob("step-*.pt"), reverse=True))
+
+    def save(self, checkpoint: Checkpoint, step: int) -> Path:
+        """Write the checkpoint of iteration `step` and remove those that are too old."""
+        path = self.path / f"step-{step:09d}.pt"
+        save(path, checkpoint)
+        for old in list(self)[self.keep :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def save_best(self, checkpoint: Checkpoint) -> Path:
+        """Write `best.pt`."""
+        path = self.path / "best.pt"
+        save(path, checkpoint)
+        return path
+
+    def newest(self, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
+        """The newest checkpoint that can be read; None if there is none at all.
+
+        Every file that had to be passed over is reported through `say`.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none of them can be read.
+        """
+        paths = list(self)
+        for path in paths:
+            try:
+                return path, load(path)
+            except CheckpointError as error:
+                say(f"{error}\nGoing back to the checkpoint before it.")
+        if paths:
+            raise CheckpointError(f"none of the {len(paths)} checkpoints in {self.path} can be read")
+        return None
+
+    def clear_leftovers(self) -> None:
+        """Remove what a process that was killed while writing left behind."""
+        for path in self.path.glob("*.pt.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the global random generators of Python and torch."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Undo of :func:`rng_state`; states of GPUs that are not here are left out."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+
+
+def environment(device: torch.device, processes: int) -> dict[str, Any]:
+    """What the numbers of a run depend on, besides its configuration."""
+    from us3l_kernels.backends import BACKENDS
+
+    return {
+        "processes": processes,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "backends": [name for name, backend in BACKENDS.items() if backend.unavailable() is None],
+        "requested": {name: os.environ.get(name, "auto") for name in ("US3L_BACKEND", "US3L_ISA")},
+        "torch": torch.__version__,
+        "us3l": __version__,
+        "python": platform.python_version(),
+    }
+
+
+def check_environment(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise CheckpointError, naming every difference, where a run saved there would go on to another result here.
+
+    On a CPU the same environment gives the same bits. On a GPU it does not in any case, so that there only a change of
+    the kind of device or of the number of processes (and so of the global batch) counts.
+    """
+    keys = ["processes", "device"]
+    if now["device"] == "cpu":
+        keys += ["threads", "isa", "backends", "requested", "torch"]
+    changes = [f"{key}: {saved[key]} then, {now[key]} now" for key in keys if saved[key] != now[key]]
+    if changes:
+        raise CheckpointError(
+            "the run would not go on bit by bit, because its environment has changed ("
+            + "; ".join(changes)
+            + "). Restore it, or accept another result with checkpoint.bit_identical=false"
+        )

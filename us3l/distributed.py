@@ -1,0 +1,81 @@
+"""The little that data-parallel training under torchrun needs.
+
+The model is not wrapped: all gradients of a step lie in one flat buffer, which is reduced once per update.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this run. Every method is free of cost, and of torch.distributed, in a single process."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # index of this process on its machine, and of its GPU
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that reports and writes files."""
+        return self.rank == 0
+
+    def average_(self, flat: Tensor) -> None:
+        """Replace `flat` (any shape, contiguous) by its mean over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(flat)  # gloo has no mean
+            flat.div_(self.size)
+
+    @torch.no_grad()
+    def broadcast_(self, module: nn.Module) -> None:
+        """Copy the parameters and buffers of process 0 to all others, so that all start from one set of weights."""
+        if self.size > 1:
+            for tensor in (*module.parameters(), *module.buffers()):
+                # A broadcast wants contiguous memory; channels_last weights are not, and keep their layout this way.
+                value = tensor.contiguous()
+                dist.broadcast(value, src=0)
+                tensor.copy_(value)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether `flag` is set in any process. All processes must call it."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+SINGLE = World()
+
+
+@contextmanager
+def launched(device_type: str) -> Iterator[World]:
+    """The :class:`World` that torchrun describes in the environment; a world of one without torchrun.
+
+    device_type: "cuda" communicates by NCCL and binds this process to its GPU; anything else by gloo.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield SINGLE
+        return
+    world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    if device_type == "cuda":
+        torch.cuda.set_device(world.local_rank)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()

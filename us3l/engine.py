@@ -1,0 +1,429 @@
+"""THE training loop: :class:`TrainStep` is one iteration of US3L, :class:`Trainer` a whole run."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from us3l import checkpoint as checkpoints
+from us3l.config import Config, OptimizerConfig, differences, to_dict, to_yaml, validate
+from us3l.data import make_data
+from us3l.distributed import SINGLE, World
+from us3l.errors import CheckpointError, ConfigError, TrainingError
+from us3l.evaluation import effective_rank, evaluate, spread
+from us3l.methods import GUIDELINES, Method, build_method
+from us3l.monitor import Monitor, WidthReading
+from us3l.sampling import largest_width, make_sampler
+from us3l.schedule import group_alpha, parameter_groups, set_group_regularisation
+from us3l_kernels import gradients
+from us3l_kernels.optim import SGD, AdamW
+
+# Keys that may differ between a checkpoint's configuration and that of the run which goes on from it: they decide
+# where a run happens and what it reports, not what it computes (threads and device: see check_environment).
+_NOT_COMPUTED = (
+    "checkpoint.", "data.root", "data.workers", "train.device", "train.threads", "train.log_every", "train.knn_every",
+)  # fmt: skip
+
+
+class StepResult(NamedTuple):
+    """losses: [W], one per width, on the device. projections: W detached tensors [2B, D] (us3l.methods.StepOutput)."""
+
+    losses: Tensor
+    projections: list[Tensor]
+
+
+class TrainStep:
+    """One iteration of US3L: all widths of it, and their update(s).
+
+    The policy `train.step` is "joint" (the gradients of all widths add up for one update, as in slimmable networks) or
+    "per_width" (an update after every width, as in the published US3L code).
+
+    Args:
+        method: on its device and in its memory format; its gradients are attached to one flat buffer.
+    """
+
+    def __init__(self, config: Config, method: Method, world: World = SINGLE) -> None:
+        self.config = config
+        self.method = method
+        self.world = world
+        self.device = next(method.parameters()).device
+        self.teacher = method.ema()
+        self.gradients = gradients.attach(method)
+        self.optimizer = make_optimizer(config.optimizer, method, config.regulariser.groups)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
+
+    def __call__(self, images: Tensor, widths: Sequence[float], *, lr: float, alpha: float) -> StepResult:
+        """Train on one batch; nothing in here waits for the device (but fp16, where the scaler must).
+
+        Args:
+            images: [2B, C, H, W], two views of B images, view-major, on the device.
+            widths: largest first.
+            lr: learning rate. alpha: of the group regularisation.
+        """
+        joint = self.config.train.step == "joint"
+        if self.teacher is not None:
+            self.teacher.update()
+        with self.autocast():
+            targets = self.method.targets(images, width=widths[0])
+
+        losses, projections = [], []
+        self.gradients.zero_()
+        for index, width in enumerate(widths):
+            with self.autocast():
+                loss, projection, targets = self.method(
+                    images, width=width, full=index == 0, targets=targets
+                )
+            self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+            projections.append(projection)
+            if not joint:
+                # As published: the steps of width 1.0 leave the prediction heads out of the regulariser.
+                self._update(lr, alpha, regularise_predictors=width != 1.0)
+                self.gradients.zero_()
+        if joint:
+            self._update(lr, alpha, regularise_predictors=True)
+        return StepResult(torch.stack(losses), projections)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of the forward passes."""
+        dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.amp]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def _update(self, lr: float, alpha: float, *, regularise_predictors: bool) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.config.regulariser.kind == "group":
+            set_group_regularisation(
+                self.optimizer,
+                weight_decay=self.config.optimizer.weight_decay,
+                alpha=alpha,
+                predictors=regularise_predictors,
+            )
+        # The flat buffer holds the gradients of all widths: it is the one bucket of data-parallel training.
+        self.world.average_(self.gradients.flat)
+        if self.config.optimizer.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.method.student_parameters(), self.config.optimizer.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+class Trainer:
+    """A pre-training run: data, method, schedule, checkpoints and reports around :class:`TrainStep`.
+
+    Args:
+        config: what to do (us3l.config.load).
+        world: the processes of this run (us3l.distributed.launched); this one alone by default.
+        console: where progress is shown; `Console(quiet=True)` for silence.
+
+    Attributes:
+        method: being trained; `method.encoder_q` is the backbone to evaluate.
+        data: as us3l.data.make_data gives it.
+        epoch, batch: position of the next batch, both from 0.
+    """
+
+    def __init__(self, config: Config, *, world: World = SINGLE, console: Console | None = None) -> None:
+        validate(config)
+        self.config = config
+        self.world = world
+        self.console = (console or Console()) if world.is_main else Console(quiet=True)
+        self.device = resolve_device(config.train.device, world.local_rank)
+        if config.train.threads is not None:
+            torch.set_num_threads(config.train.threads)
+        torch.manual_seed(config.train.seed)
+        random.seed(config.train.seed)
+
+        self.data = make_data(
+            config.data, config.train.seed, rank=world.rank, world_size=world.size, device=self.device
+        )
+        if self.data.in_channels != config.model.in_channels:
+            raise ConfigError(
+                f"model.in_channels: expected {self.data.in_channels}, the channels of data.name={config.data.name}, "
+                f"got {config.model.in_channels}"
+            )
+        self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        self.method = build_method(config).to(device=self.device, memory_format=self.memory_format)
+        world.broadcast_(self.method)
+        self.sampler = make_sampler(config.sampler, config.train.epochs, config.train.seed)
+        self.step = TrainStep(config, self.method, world)
+
+        self.epoch = self.batch = 0
+        self.best: float | None = None  # online kNN accuracy, %
+        folder = config.checkpoint.dir
+        self.folder = checkpoints.CheckpointFolder(folder, config.checkpoint.keep) if folder is not None else None
+        self._resumed = False
+        self._saved_at = time.monotonic()
+        self._unread: list[tuple[int, list[float], Tensor]] = []  # step, widths, losses still on the device
+        self._readings: list[WidthReading] = []
+
+    @property
+    def steps_done(self) -> int:
+        """Iterations since the start of the run."""
+        return self.epoch * len(self.data.train) + self.batch
+
+    def fit(self) -> None:
+        """Train to the last epoch.
+
+        Raises:
+            TrainingError: a loss is not finite any more.
+            CheckpointError: the folder holds another run's checkpoints (and `resume` was not called).
+            KeyboardInterrupt, SystemExit: after SIGINT and SIGTERM, when the state has been saved.
+        """
+        config = self.config
+        self._prepare_folder()
+        self._warn_of_violated_guidelines()
+        self.method.train()
+        self._saved_at = time.monotonic()
+        with ExitStack() as stack:
+            stopped_by = stack.enter_context(_catch_signals())
+            monitor = stack.enter_context(
+                Monitor(
+                    self.console,
+                    self.folder.path if self.folder is not None and self.world.is_main else None,
+                    config.train.epochs,
+                    len(self.data.train),
+                    self.steps_done,
+                )
+            )
+            while self.epoch < config.train.epochs:
+                self._train_epoch(monitor, stopped_by)
+                self.epoch, self.batch = self.epoch + 1, 0
+                if config.train.knn_every and self.epoch % config.train.knn_every == 0:
+                    self._online_knn(monitor)
+                self.save()
+
+    def _train_epoch(self, monitor: Monitor, stopped_by: list[signal.Signals]) -> None:
+        """From the current batch to the end of the epoch."""
+        config = self.config
+        batches = len(self.data.train)
+        alpha = group_alpha(
+            self.epoch, config.train.epochs, config.regulariser.warmup_epochs, config.regulariser.alpha
+        )
+        for images in self.data.train.epoch(self.epoch, start_batch=self.batch):
+            widths = self.sampler.draw(self.epoch)
+            lr = learning_rate(config.optimizer, self.steps_done, batches, config.train.epochs)
+            images = images.to(self.device, memory_format=self.memory_format, non_blocking=True)
+            losses, projections = self.step(images, widths, lr=lr, alpha=alpha)
+
+            self.batch += 1
+            self._unread.append((self.steps_done, widths, losses))
+            monitor.step(self.steps_done, len(images) // 2 * self.world.size)
+            reading_due = self.steps_done % config.train.log_every == 0 or self.batch == batches
+            if reading_due:
+                self._read_losses()
+                self._readings = [
+                    WidthReading(width, loss, spread(z), effective_rank(z))
+                    for width, loss, z in zip(widths, losses.tolist(), projections, strict=True)
+                ]
+                monitor.read(self.steps_done, self._readings, lr)
+            if self._save_due():
+                self.save()
+            # Processes must stop after the same step, or the others would wait for them in the next all-reduce.
+            if (self.world.size == 1 or reading_due) and self.world.any(bool(stopped_by), self.device):
+                self._stop(stopped_by)
+        monitor.epoch_done(self.epoch + 1, self._readings)
+
+    def _read_losses(self) -> None:
+        """Wait for the losses of the steps since the last reading, and see that they are finite."""
+        if not self._unread:
+            return
+        values = iter(torch.cat([losses for _, _, losses in self._unread]).tolist())
+        for step, widths, _ in self._unread:
+            for width in widths:
+                loss = next(values)
+                if not math.isfinite(loss):
+                    raise TrainingError(
+                        f"the loss of width {width:.4g} is {loss} in step {step} (epoch {self.epoch + 1}). Nothing "
+                        "was saved since. Try a lower optimizer.lr, optimizer.clip_norm=1, or train.amp=none"
+                    )
+        self._unread.clear()
+
+    def _online_knn(self, monitor: Monitor) -> None:
+        """Evaluate the largest and the smallest width, and keep the weights with the best mean of the two."""
+        if not self.world.is_main:
+            return
+        sampler = self.config.sampler
+        smallest = min(sampler.widths) if sampler.kind == "fixed" else sampler.min_width
+        widths = sorted({largest_width(sampler), smallest}, reverse=True)
+        rows = evaluate(self.method.encoder_q, self.data, widths, probe="knn")
+        self.method.train()
+        monitor.scalars(self.steps_done, {f"knn/width_{row['width']:g}": row["accuracy"] for row in rows})
+        accuracies = "  ".join(f"{row['width']:g}: {row['accuracy']:.1f} %" for row in rows)
+        monitor.say(f"epoch {self.epoch}/{self.config.train.epochs}  online kNN {accuracies}")
+        mean = sum(row["accuracy"] for row in rows) / len(rows)
+        if self.best is None or mean > self.best:
+            self.best = mean
+            if self.folder is not None:
+                self.folder.save_best(self.state())
+
+    def _warn_of_violated_guidelines(self) -> None:
+        violated = self.method.violates_guidelines()
+        if self.world.is_main and len(violated) == len(GUIDELINES):
+            reasons = "; ".join(f"{name}: {GUIDELINES[name]}" for name in violated)
+            warnings.warn(
+                "this run violates all three guidelines for slimmable self-supervision and will probably collapse. "
+                f"One of them would be enough ({reasons})",
+                stacklevel=3,
+            )
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint (the main process, and if there is a folder)."""
+        self._saved_at = time.monotonic()
+        self._read_losses()  # weights with an infinite loss behind them must not replace good ones
+        if self.folder is not None and self.world.is_main:
+            self.folder.save(self.state(), self.steps_done)
+
+    def state(self) -> checkpoints.Checkpoint:
+        """Everything that a run needs to go on, as us3l.checkpoint describes it."""
+        return {
+            "format": checkpoints.FORMAT,
+            "config": to_dict(self.config),
+            "method": self.method.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "rng": checkpoints.rng_state(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "best": self.best,
+            "statistics": None,
+            "environment": checkpoints.environment(self.device, self.world.size),
+        }
+
+    def resume(self, path: str | Path) -> bool:
+        """Go on from a checkpoint: a path, or "auto" for the newest readable one of the run's folder.
+
+        Returns whether there was one ("auto" alone may find none). The number of CPU threads becomes that of the saved
+        run, unless `train.threads` says another.
+
+        Raises:
+            CheckpointError: it cannot be read, its run had another configuration, or the environment has changed so that
+                the result would not be bit-identical (see checkpoint.bit_identical).
+        """
+        if path == "auto":
+            if self.folder is None:
+                raise CheckpointError("--resume auto looks into checkpoint.dir, which is null")
+            found = self.folder.newest(lambda message: self.console.print(f"[bold red]Warning:[/] {message}"))
+            if found is None:
+                self.console.print(f"No checkpoint in {self.folder.path} yet: starting from the beginning.")
+                return False
+            path, state = found
+        else:
+            state = checkpoints.load(path)
+        self._check_same_run(Path(path), state)
+
+        self.method.load_state_dict(state["method"])
+        self.step.optimizer.load_state_dict(state["optimizer"])
+        self.step.scaler.load_state_dict(state["scaler"])
+        self.sampler.load_state_dict(state["sampler"])
+        checkpoints.set_rng_state(state["rng"])
+        self.epoch, self.batch, self.best = state["epoch"], state["batch"], state["best"]
+        self._resumed = True
+        self.console.print(f"Resuming from {path}: epoch {self.epoch + 1}, batch {self.batch + 1}.")
+        return True
+
+    def _check_same_run(self, path: Path, state: checkpoints.Checkpoint) -> None:
+        changes = [
+            f"{key}: {old!r} then, {new!r} now"
+            for key, old, new in differences(state["config"], to_dict(self.config))
+            if not key.startswith(_NOT_COMPUTED)
+        ]
+        if changes:
+            raise CheckpointError(f"{path} belongs to a run with another configuration ({'; '.join(changes)})")
+        if self.config.checkpoint.bit_identical:
+            if self.config.train.threads is None:
+                torch.set_num_threads(state["environment"]["threads"])
+            now = checkpoints.environment(self.device, self.world.size)
+            checkpoints.check_environment(state["environment"], now)
+
+    def _save_due(self) -> bool:
+        every = self.config.checkpoint.every_steps
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return (every is not None and self.steps_done % every == 0) or minutes >= self.config.checkpoint.every_minutes
+
+    def _prepare_folder(self) -> None:
+        if self.folder is None or not self.world.is_main:
+            return
+        if not self._resumed and any(self.folder):
+            raise CheckpointError(
+                f"{self.folder.path} holds the checkpoints of a run already. Go on with it (--resume auto), choose "
+                "another folder (checkpoint.dir=...), or remove it"
+            )
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self.folder.clear_leftovers()
+        (self.folder.path / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+
+    def _stop(self, stopped_by: list[signal.Signals]) -> None:
+        self.save()
+        if self.folder is not None:
+            self.console.print(f"Stopped and saved to {self.folder.path}; go on with --resume auto.")
+        if signal.SIGTERM in stopped_by:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+
+def make_optimizer(config: OptimizerConfig, method: Method, groups: int) -> SGD | AdamW:
+    """The configured optimizer over the student and its heads (never the teacher)."""
+    parameters = parameter_groups(method)
+    if config.name == "sgd":
+        return SGD(parameters, config.lr, config.momentum, config.weight_decay, groups=groups)
+    return AdamW(parameters, config.lr, weight_decay=config.weight_decay, groups=groups)
+
+
+def learning_rate(config: OptimizerConfig, step: int, batches: int, epochs: int) -> float:
+    """Of iteration `step` (from 0): linear warm-up to the peak, then half a cosine to 0 (Loshchilov & Hutter, 2017)."""
+    warmup = config.warmup_epochs * batches
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    done = (step - warmup) / (epochs * batches - warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of `train.device`; "auto" is this process's GPU if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        raise ConfigError(f"train.device: cannot use {name!r}: {str(error).splitlines()[0]}") from None
+    return torch.device("cuda", local_rank) if device.type == "cuda" and device.index is None else device
+
+
+@contextmanager
+def _catch_signals() -> Iterator[list[signal.Signals]]:
+    """SIGINT and SIGTERM are added to the list instead of breaking off a step; a second one acts at once."""
+    caught: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught  # Python delivers signals to the main thread alone
+        return
+    before: dict[signal.Signals, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        caught.append(signal.Signals(number))
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        before[each] = signal.signal(each, handle)
+    try:
+        yield caught
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

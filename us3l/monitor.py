@@ -1,0 +1,129 @@
+"""What a run tells people while it trains: a progress display, TensorBoard scalars, and a word when it collapses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# spread^2 = 1 - (mean cosine similarity of two images' embeddings), as long as the dimensions vary alike: at 0.5 the
+# similarity of two arbitrary images is 0.75, so that three quarters of every embedding's energy say nothing of its
+# image. Healthy runs stay above 0.9, see the README's table.
+COLLAPSED_SPREAD = 0.5
+
+
+@dataclass(frozen=True)
+class WidthReading:
+    """One width in one step."""
+
+    width: float
+    loss: float
+    spread: float  # std * sqrt(d) of the normalised embeddings: 1 fills the sphere, 0 is one point
+    effective_rank: float
+
+
+class Monitor:
+    """Context manager around a run; only the main process has one.
+
+    Args:
+        console: where the display and the messages go.
+        directory: folder for TensorBoard files, or None.
+        epochs, batches: length of the run, and of an epoch in steps.
+        step: steps already done (a resumed run).
+    """
+
+    def __init__(self, console: Console, directory: Path | None, epochs: int, batches: int, step: int) -> None:
+        self.console = console
+        self._directory = directory
+        self._epochs, self._batches = epochs, batches
+        self._writer: SummaryWriter | None = None
+        self._collapsed: set[str] = set()
+        self._images = 0
+        self._since = time.monotonic()
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task(
+            "", total=epochs * batches, completed=step, epoch=f"{step // batches + 1}/{epochs}", status=""
+        )
+
+    def __enter__(self) -> Monitor:
+        if self._directory is not None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._writer = SummaryWriter(str(self._directory))
+        self._since = time.monotonic()
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+    def say(self, message: str) -> None:
+        """Print above the progress display."""
+        self.console.print(escape(message), soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """Print so that it is not overlooked."""
+        self.console.print(f"[bold red]Warning:[/] {escape(message)}", soft_wrap=True)
+
+    def step(self, step: int, images: int) -> None:
+        """`step` steps are done; the last one took `images` images (all processes together, views not counted)."""
+        self._images += images
+        epoch = f"{min((step - 1) // self._batches + 1, self._epochs)}/{self._epochs}"
+        self._progress.update(self._task, completed=step, epoch=epoch)
+
+    def read(self, step: int, readings: Sequence[WidthReading], lr: float) -> None:
+        """Show and record the losses, and the state of the embeddings, of step `step` (1 is the first)."""
+        now = time.monotonic()
+        rate = self._images / max(now - self._since, 1e-9)
+        self._images, self._since = 0, now
+        status = f"{rate:.0f} images/s  loss " + "  ".join(f"{r.width:.2f}: {r.loss:.3f}" for r in readings)
+        self._progress.update(self._task, status=status)
+        self.scalars(step, {"lr": lr, "images_per_second": rate})
+        for reading in readings:
+            # Random widths get one curve per eighth: a curve each would have one point.
+            name = f"{round(8 * reading.width) / 8:g}"
+            values = {"loss": reading.loss, "spread": reading.spread, "effective_rank": reading.effective_rank}
+            self.scalars(step, {f"{key}/width_{name}": value for key, value in values.items()})
+            # Before the first epoch is over, embeddings lie close together because nothing has been learnt yet.
+            if reading.spread < COLLAPSED_SPREAD and step > self._batches and name not in self._collapsed:
+                self._collapsed.add(name)
+                self.warn(
+                    f"the embeddings of width {reading.width:.3g} have collapsed (step {step}): their spread is "
+                    f"{reading.spread:.2f} (healthy: 0.9 to 1), their effective rank {reading.effective_rank:.1f}. "
+                    "All images look alike to this sub-network; see the three guidelines in us3l.methods"
+                )
+
+    def epoch_done(self, epoch: int, readings: Sequence[WidthReading]) -> None:
+        """One lasting line per epoch (`epoch` of them are done), the record where there is no terminal."""
+        losses = "  ".join(f"{r.width:.2f}: {r.loss:.3f}" for r in readings)
+        spread = min(r.spread for r in readings)
+        self.say(f"epoch {epoch}/{self._epochs}  loss {losses}  smallest spread {spread:.2f}")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Record numbers for TensorBoard."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
