@@ -29,6 +29,8 @@ def _pair(name: str, value: int | tuple[int, int] | list[int]) -> list[int]:
 def _autocast(x: Tensor) -> Tensor:
     """What torch's autocast does to the input of a matrix product; the weights are cast slice by slice later on."""
     device = x.device.type
+    if device == "meta":  # has no autocast to ask for
+        return x
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
