@@ -99,9 +99,10 @@ def linear_probe_sgd(
     """
     network, device = backbone(model), device_of(model)
     test_features, test_labels = features(model, data.test, width)
-    classifier = nn.Linear(test_features.shape[1], data.num_classes).to(device)
-    nn.init.normal_(classifier.weight, std=0.01)
+    classifier = nn.Linear(test_features.shape[1], data.num_classes)
+    nn.init.normal_(classifier.weight, std=0.01, generator=torch.Generator().manual_seed(0))
     nn.init.zeros_(classifier.bias)
+    classifier.to(device)
     parameters = list(classifier.parameters())
     decay = 0.0 if protocol.lars else protocol.weight_decay  # LARS scales the decay with the gradient
     optimizer = torch.optim.SGD(parameters, protocol.lr, momentum=protocol.momentum, weight_decay=decay)

@@ -74,7 +74,7 @@ def evaluate(
 
 
 def _costs(model: nn.Module, data: Data, widths: Sequence[Width]) -> list[ProfileRow]:
-    """Cost of the classifiers: the projector that a pre-trained backbone has as `fc` gives way to one layer."""
+    """Cost of the classifiers: the projector that a pre-trained model has as `fc` gives way to one layer."""
     classifier = copy.deepcopy(model)
     classifier.fc = SlicedLinear(model.feature_dim, data.num_classes, slice_out=False)
     return profile(classifier, (data.in_channels, data.size, data.size), widths)
