@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,13 +48,10 @@ def make_data(
         return folder_data(train, test, num_classes, order, size, cfg.crop_scale, cfg.workers, device)
     size = _size(cfg)
     data = _read(cfg, size)
-    data = arrays.ImageArrays(
-        data.train.first(cfg.train_samples, "data.train_samples"),
-        data.test.first(cfg.test_samples, "data.test_samples"),
-        data.num_classes,
-        data.zoom,
-        data.mean,
-        data.std,
+    data = replace(
+        data,
+        train=data.train.first(cfg.train_samples, "data.train_samples"),
+        test=data.test.first(cfg.test_samples, "data.test_samples"),
     )
     order = EpochOrder(len(data.train.labels), cfg.batch_size, seed, rank, world_size)
     return tensor_data(data, order, size, cfg.crop_scale, device)

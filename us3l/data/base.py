@@ -53,7 +53,7 @@ class Data:
         linear_train: `linear_train(epoch, batch_size)` yields every training image once, in random order,
             through the augmentation of the linear protocol; all of them in every process, the last batch may
             be smaller.
-        num_classes, in_channels: as said.
+        num_classes, in_channels: of the labels, of the images.
         size: side of the square images, pixels.
     """
 

@@ -1,5 +1,4 @@
-"""ImageNet-like folders: root/train/CLASS/*.jpg and root/val/CLASS/*.jpg, decoded and augmented by worker
-processes.
+"""ImageNet-like folders, root/train/CLASS/*.jpg and root/val/CLASS/*.jpg, read by worker processes.
 
 The transforms are torchvision's, on PIL images, as in the published code of SimCLR's successors. Before each
 of them the generator they draw from is seeded with the key of (seed, epoch, sample index, view), so that
@@ -41,7 +40,7 @@ class GaussianBlur:
         return image.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(0.1, 2.0).item()))
 
 
-def _to_normalised_tensor() -> list[Callable]:
+def _to_normalised_tensor() -> list[Callable[..., Tensor]]:
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
 
 
@@ -253,5 +252,8 @@ def _load(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # it draws a seed for its workers: not from the run's
     )
-    for views, labels in loader:
-        yield views.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    try:
+        for views, labels in loader:
+            yield views.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    except DataError as error:  # a worker's comes with its traceback in the message: keep the message
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
