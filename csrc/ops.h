@@ -1,0 +1,37 @@
+// The native operations for the CPU. Their schemas, and those of the CUDA kernels, are in registration.cpp.
+//
+// They face torch through LibTorch's stable ABI only: one binary runs with every torch from 2.10 on.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace us3l {
+
+using torch::stable::Tensor;
+
+// The codes of `activation`.
+enum Activation : std::int64_t { kNone = 0, kRelu = 1, kRelu6 = 2 };
+
+// y = activation((x - mean) * rstd * weight[:c] + bias[:c] + residual) per view, with mean [V, c] and rstd [V, c].
+//
+// x [N, c, *], float32 or bfloat16, channels innermost (channels_last, [N, c], or a prefix slice of such a tensor).
+// Parameters and statistics are float32 vectors of at least c elements. training: the statistics are those of each of
+// the V = views parts of the batch, and the running ones are updated V times; otherwise V = 1 and they are the
+// running ones.
+std::tuple<Tensor, Tensor, Tensor> batch_norm(
+    const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var, std::optional<Tensor> residual, bool training, double momentum, double eps,
+    std::int64_t views, std::int64_t activation);
+
+// Adds to grad_weight[:c] and grad_bias[:c]; returns dx and dresidual, each an empty tensor unless needed.
+// y (the forward's output) is read only with an activation.
+std::tuple<Tensor, Tensor> batch_norm_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& y, std::optional<Tensor> weight, const Tensor& mean,
+    const Tensor& rstd, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias, bool need_grad_x,
+    bool need_grad_residual, bool training, std::int64_t activation);
+
+}  // namespace us3l

@@ -1,0 +1,51 @@
+"""The one door to the compiled libraries: `_C` (csrc, CPU) and `_C_cuda` (csrc/cuda).
+
+Importing them registers `torch.ops.us3l_native.*`. A library that was not built, or does not load, is no error: the
+backends that need it say why they cannot run (`why`, `why_cuda`), and so does `us3l doctor`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+
+def _import(name: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        return import_module(f"us3l_kernels.{name}"), None
+    except ImportError as error:
+        return None, str(error)
+
+
+# _C first: it registers the schemas of the CUDA kernels as well.
+_C, why = _import("_C")
+_C_cuda, why_cuda = _import("_C_cuda") if _C is not None else (None, why)
+
+
+def load() -> ModuleType | None:
+    """The CPU library; None if it is not there, and then `why` is the loader's message."""
+    return _C
+
+
+def load_cuda() -> ModuleType | None:
+    """The CUDA library; None if it is not there, and then `why_cuda` is the loader's message."""
+    return _C_cuda
+
+
+def build_info() -> dict[str, Any]:
+    """Compiler, flags, torch version and CUDA of the build; empty without the library or in a US3L_ABI3 build."""
+    return dict(_C.build_info()) if hasattr(_C, "build_info") else {}
+
+
+def cpu_features() -> dict[str, bool]:
+    """What this CPU offers of what the kernels can use; empty where `build_info` is."""
+    return dict(_C.cpu_features()) if hasattr(_C, "cpu_features") else {}
+
+
+def isa() -> str | None:
+    """The instruction set the CPU kernels run with: "avx512", "avx2" or "portable"; None where `build_info` is empty.
+
+    Raises RuntimeError if US3L_ISA names one that does not exist or that this CPU does not have.
+    """
+    return str(_C.isa()) if hasattr(_C, "isa") else None
