@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
-from torchvision.transforms import v2  # type: ignore[import-untyped]
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 from us3l.data.augment import BRIGHTNESS, CONTRAST, GREY_PROBABILITY, HUE, JITTER_PROBABILITY, SATURATION
 from us3l.data.base import Data, EpochOrder, Labelled
