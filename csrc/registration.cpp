@@ -14,9 +14,6 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
       "batch_norm_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor mean, Tensor rstd, "
       "Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, bool need_grad_x, bool need_grad_residual, bool training, "
       "int activation) -> (Tensor, Tensor)");
-  m.def(
-      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] teachers, float lr, "
-      "float momentum, float weight_decay, bool nesterov, float alpha, int groups, float ema_momentum) -> ()");
   // csrc/cuda/multi_tensor.cu
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] teachers, float lr, "
