@@ -61,8 +61,8 @@ class Sliced:
 
     def set_active(self, width: float, key: str) -> None:
         """Run at `width` from now on, as a part of the network whose width is `key`."""
-        self.active_width = width
-        self.width_key = key
+        # Not through nn.Module.__setattr__, which takes most of the time of a width change, several times a step.
+        vars(self).update(active_width=width, width_key=key)
 
 
 class SlicedOutput(Sliced):

@@ -72,7 +72,7 @@ class SlicedConv2d(SlicedOutput, nn.Conv2d):
 
     def set_active(self, width: float, key: str) -> None:
         super().set_active(width, key)
-        self.active_out_channels = self.channels_at(width)
+        vars(self).update(active_out_channels=self.channels_at(width))
 
     def in_channels_at(self, width: float) -> int:
         """The input channels that a sliced layer of `in_channels` brings at `width`."""

@@ -45,7 +45,7 @@ class SlicedLinear(SlicedOutput, nn.Linear):
 
     def set_active(self, width: float, key: str) -> None:
         super().set_active(width, key)
-        self.active_out_features = self.channels_at(width)
+        vars(self).update(active_out_features=self.channels_at(width))
 
     def in_features_at(self, width: float) -> int:
         """The input features that a sliced layer of `in_features` brings at `width`."""
