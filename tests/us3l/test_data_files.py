@@ -185,6 +185,16 @@ def test_cifar_views_are_normalised(tmp_path: Path) -> None:
     assert views.min() >= -0.5 / 0.24 - 0.1 and views.min() < -0.5 and views.max() > 0.5
 
 
+def test_cifar_linear_batches_are_normalised(tmp_path: Path) -> None:
+    write_cifar(tmp_path, "cifar100")
+    white = {"data": np.full((TRAIN, 3072), 255, np.uint8), "fine_labels": list(range(TRAIN))}
+    (tmp_path / "cifar-100-python" / "train").write_bytes(pickle.dumps(white))
+    images, labels = everything(open_data("cifar100", tmp_path).linear_train(0, batch_size=8))
+    expected = (1 - torch.tensor([0.5071, 0.4867, 0.4408])) / torch.tensor([0.2675, 0.2565, 0.2761])
+    torch.testing.assert_close(images, expected.view(1, 3, 1, 1).expand_as(images), rtol=0, atol=1e-5)
+    assert sorted(labels.tolist()) == list(range(TRAIN))
+
+
 def test_cifar_without_root() -> None:
     with pytest.raises(
         DataError, match=r"cifar10 needs data.root.*cifar-10-batches-py.*nothing is downloaded"
