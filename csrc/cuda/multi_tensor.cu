@@ -56,14 +56,6 @@ float* checked_data(const Tensor& t, const Tensor& param, int32_t device, const 
   return static_cast<float*>(t.mutable_data_ptr());
 }
 
-// Elements of a group of rows: of output channels for 4-D parameters, of elements for 1-D ones; others have one group.
-int64_t group_numel(const Tensor& param, int64_t groups) {
-  const int64_t numel = param.numel();
-  if (param.dim() != 1 && param.dim() != 4) return numel;
-  const int64_t rows = param.size(0), rows_per_group = rows / groups;
-  return (rows_per_group > 1 ? rows_per_group : 1) * (numel / rows);
-}
-
 void sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors teachers, double lr, double momentum,
           double weight_decay, bool nesterov, double alpha, int64_t groups, double ema_momentum) {
   if (params.empty()) return;
@@ -97,7 +89,7 @@ void sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors teach
     if (has_momentum) tensor.momentum = checked_data(momentum_buffers[i], param, device, "momentum_buffers", i);
     if (has_teacher) tensor.teacher = checked_data(teachers[i], param, device, "teachers", i);
     tensor.numel = param.numel();
-    tensor.group_numel = group_numel(param, groups);
+    tensor.group_numel = group_numel(param.dim(), param.dim() > 0 ? param.size(0) : 1, param.numel(), groups);
     table.add(tensor);
     if (table.full()) {
       launch(table, options, has_momentum, has_teacher, static_cast<cudaStream_t>(stream));

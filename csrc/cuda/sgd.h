@@ -56,6 +56,14 @@ struct SgdOptions {
   bool nesterov;
 };
 
+// Elements of one group of a non-empty tensor. Rows are the output channels of 4-D parameters and the elements of 1-D
+// ones; any other parameter is one group.
+inline int64_t group_numel(int64_t dim, int64_t rows, int64_t numel, int64_t groups) {
+  if (dim != 1 && dim != 4) return numel;
+  const int64_t rows_per_group = rows / groups;
+  return (rows_per_group > 1 ? rows_per_group : 1) * (numel / rows);
+}
+
 // Four floats that are loaded and stored in one 16-byte access.
 struct alignas(16) Float4 {
   float at[4];
@@ -98,7 +106,7 @@ US3L_HOST_DEVICE void update_element(float& param, float grad, float& momentum, 
 
 US3L_HOST_DEVICE bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(Float4) == 0; }
 
-// The tensor that a block works on: the last one that begins at or before it. (Empty tensors have no blocks.)
+// The tensor that a block works on: the last one that begins at or before it.
 US3L_HOST_DEVICE int tensor_of_block(const SgdTable& table, int32_t block) {
   int low = 0, high = table.size;
   while (high - low > 1) {

@@ -15,13 +15,14 @@ from us3l_kernels.optim.group_decay import GroupDecayOptimizer, check_number, de
 
 
 class AdamW(GroupDecayOptimizer):
-    """AdamW (Loshchilov and Hutter, ICLR 2019) whose decoupled weight decay becomes smaller in later groups of rows.
+    """AdamW whose decoupled weight decay becomes smaller in later groups of rows.
 
-    Before the Adam update every row is multiplied by 1 - lr * weight_decay * (1 - alpha * g), g = 0 .. groups - 1 the
-    group of the row; groups are max(1, rows // groups) rows each and the last one takes the rest. Rows are the
-    output channels (first dimension) of 4-D parameters and the elements of 1-D ones; others decay as group 0.
-    The decay is decoupled: unlike the regulariser in the loss, it does not pass through the moments.
-    With alpha = 0 the result is that of torch.optim.AdamW, bit for bit.
+    Before the Adam update every row is multiplied by 1 - lr * weight_decay * (1 - alpha * g), where
+    g = 0 .. groups - 1 is the group of the row: a group is max(1, rows // groups) rows, and the last one also
+    takes what is left over. Rows are the output channels (first dimension) of 4-D parameters and the elements
+    of 1-D ones; others decay as group 0. The decay is decoupled (Loshchilov and Hutter, ICLR 2019): unlike the
+    regulariser in the loss, it does not pass through the moments. With alpha = 0 the result is that of
+    torch.optim.AdamW(foreach=True), bit for bit.
 
     A parameter takes part in a step if it has a gradient: `.grad` is not None and, where it is attached
     (us3l_kernels.gradients), something was added to it since it was zeroed.
@@ -34,8 +35,8 @@ class AdamW(GroupDecayOptimizer):
         weight_decay: decay of group 0, >= 0.
         alpha: relative decrease of the decay from one group to the next, in [0, 1 / (groups - 1)].
         groups: number of groups.
-        decay_without_grad: a parameter without a gradient is not skipped; its gradient counts as zero, so that
-            decay and moments act on it (where it requires a gradient).
+        decay_without_grad: a parameter that requires a gradient but has none is not skipped: its gradient
+            counts as zero, so that decay and the moments act on it.
 
     Raises:
         ValueError: an option is out of its range; the message names it.

@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class EMA:
-    """Momentum encoder: teacher = momentum * teacher + (1 - momentum) * student, in place (MoCo, He et al., eq. 2).
+    """Momentum encoder: teacher = momentum * teacher + (1 - momentum) * student, in place (MoCo, eq. 2).
 
-    Only parameters are averaged. `update()` does it at once; `optimizer.step(ema=...)` does it together with the
-    update of the student, in the same pass over memory where a kernel for it runs. A step that a
+    Only parameters are averaged. `update()` does it at once; `optimizer.step(ema=...)` does it together with
+    the update of the student, in the same pass over memory where a kernel for it runs. A step that a
     `torch.amp.GradScaler` skips averages nothing.
 
     Args:
@@ -25,7 +25,9 @@ class EMA:
         ValueError: the two lists do not match one to one, share memory, or `momentum` is out of range.
     """
 
-    def __init__(self, teacher_params: Iterable[Tensor], student_params: Iterable[Tensor], momentum: float) -> None:
+    def __init__(
+        self, teacher_params: Iterable[Tensor], student_params: Iterable[Tensor], momentum: float
+    ) -> None:
         teachers, students = list(teacher_params), list(student_params)
         if len(teachers) != len(students):
             raise ValueError(
@@ -52,10 +54,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, *, done: AbstractSet[Tensor] = frozenset()) -> None:
-        """Average every student into its teacher, but for those in `done`, which an optimizer's pass has averaged."""
+        """Average every student into its teacher, except those in `done` (averaged by a step)."""
         self.check()
         pairs = [(teacher, student) for student, teacher in self.teacher_of.items() if student not in done]
         if pairs:
             teachers, students = zip(*pairs, strict=True)
-            # One read and write of each teacher, no temporary; a teacher equal to its student stays exactly that.
+            # One pass over the teachers and no temporary; a teacher equal to its student stays exactly that.
             torch._foreach_lerp_(teachers, students, 1.0 - self.momentum)

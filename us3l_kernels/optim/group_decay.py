@@ -1,9 +1,10 @@
 """Group regularisation as a weight decay per row, and the step that SGD and AdamW share around it.
 
-US3L regularises later channels less, which leaves them more freedom: the loss gains sum_g lambda_g ||p_g||^2 with
-lambda_g = lambda (1 - alpha g) over equal groups g = 0, 1, ... of output channels (Cao, Sun and Zhou, "Three
-Guidelines You Should Know for Universally Slimmable Self-Supervised Learning", CVPR 2023). Its gradient is
-2 lambda_g p: with `weight_decay` = 2 lambda, a weight decay of weight_decay (1 - alpha g) for the rows of group g.
+US3L regularises later channels less, which leaves them more freedom: the loss gains sum_g lambda_g ||p_g||^2
+with lambda_g = lambda (1 - alpha g) over equal groups g = 0, 1, ... of output channels (Cao, Sun and Zhou,
+"Three Guidelines You Should Know for Universally Slimmable Self-Supervised Learning", CVPR 2023). Its
+gradient is 2 lambda_g p: with `weight_decay` = 2 lambda, a weight decay of weight_decay (1 - alpha g) on
+group g.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from us3l_kernels.optim.ema import EMA
 
 
 def grouped_rows(param: Tensor) -> int:
-    """Rows that are cut into groups: output channels of a 4-D weight, elements of a 1-D one; 1 of any other."""
+    """Rows to be cut into groups: output channels of a 4-D weight, elements of a 1-D one, 1 for any other."""
     return param.shape[0] if param.ndim in (1, 4) else 1
 
 
-@lru_cache(maxsize=256)  # small vectors: the distinct row counts of a model times the last few alphas of a ramp
+# Small vectors: one for every row count of a model and, while alpha ramps, every recent alpha.
+@lru_cache(maxsize=256)
 def _decay_factors(
     rows: int, ndim: int, alpha: float, groups: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -35,22 +37,22 @@ def _decay_factors(
 
 
 def decay_factors(param: Tensor, alpha: float, groups: int) -> Tensor:
-    """1 - alpha g of every row of `param`: a tensor that broadcasts over it, shared by all of the same row count."""
+    """1 - alpha g of every row of `param`, in a shape that broadcasts over it (cached: read only)."""
     return _decay_factors(grouped_rows(param), param.ndim, alpha, groups, param.dtype, param.device)
 
 
 def check_number(options: dict[str, Any], name: str, *, below: float = math.inf) -> None:
     """Raise ValueError unless options[name] is a real number in [0, below)."""
     value = options[name]
-    if not (isinstance(value, Real) and 0.0 <= value < below):
+    if not (isinstance(value, Real) and 0.0 <= float(value) < below):
         raise ValueError(f"{name} must be a number in [0, {below}), got {value!r}")
 
 
 class GroupDecayOptimizer(torch.optim.Optimizer):
-    """Base of SGD and AdamW: their options, the parameters that take part in a step, zero_grad, the teacher."""
+    """Base of SGD and AdamW: options, which parameters take part in a step, gradients, the teacher."""
 
     def _check(self, options: dict[str, Any]) -> None:
-        """Raise ValueError for an option out of its range. Options may change at any time: every step asks."""
+        """Raise ValueError for an option out of its range; asked by every step, for options may change."""
         for name in ("lr", "weight_decay", "alpha"):
             check_number(options, name)
         alpha, groups = options["alpha"], options["groups"]
@@ -69,7 +71,7 @@ class GroupDecayOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer's; an option out of range or a parameter that is not real raises ValueError."""
+        """As torch.optim.Optimizer's; ValueError for an option or a dtype that cannot be."""
         self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
@@ -88,9 +90,10 @@ class GroupDecayOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients. An attached one (us3l_kernels.gradients) is zeroed in its buffer in either form."""
+        """Reset the gradients; an attached one (us3l_kernels.gradients) is zeroed in its buffer."""
         super().zero_grad(set_to_none)
-        slots = [slot for group in self.param_groups for p in group["params"] if (slot := slot_of(p)) is not None]
+        params = [param for group in self.param_groups for param in group["params"]]
+        slots = [slot for param in params if (slot := slot_of(param)) is not None]
         if slots:
             torch._foreach_zero_([slot.view for slot in slots])
             for slot in slots:
@@ -105,7 +108,7 @@ class GroupDecayOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: computes the loss and its gradients again and returns the loss, which is returned.
-            ema: average of (some of) the parameters; what the update's own pass does not reach is averaged after it.
+            ema: teacher of (some of) the parameters; all of it is averaged, updated here or not.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -119,9 +122,9 @@ class GroupDecayOptimizer(torch.optim.Optimizer):
             self._check(group)
         if ema is not None:
             ema.check()
+        work = [(group, *self._with_gradients(group)) for group in self.param_groups]
         averaged: set[Tensor] = set()
-        for group in self.param_groups:
-            params, grads = self._with_gradients(group)
+        for group, params, grads in work:
             if params:
                 averaged.update(self._update(group, params, grads, ema))
         if ema is not None:
@@ -134,10 +137,10 @@ class GroupDecayOptimizer(torch.optim.Optimizer):
         for index, param in enumerate(group["params"]):
             if has_gradient(param):
                 if param.grad.layout is not torch.strided:
-                    name = group["param_names"][index] if "param_names" in group else f"number {index} of its group"
+                    name = group.get("param_names", range(len(group["params"])))[index]
                     raise RuntimeError(
-                        f"{type(self).__name__} takes dense gradients only; that of parameter {name} "
-                        f"is {param.grad.layout}"
+                        f"{type(self).__name__} needs dense gradients, "
+                        f"but that of parameter {name} is {param.grad.layout}"
                     )
                 params.append(param)
                 grads.append(param.grad)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from us3l_kernels import _native
 from us3l_kernels.optim.ema import EMA
 from us3l_kernels.optim.group_decay import GroupDecayOptimizer, check_number, decay_factors
 
@@ -16,18 +17,19 @@ from us3l_kernels.optim.group_decay import GroupDecayOptimizer, check_number, de
 class SGD(GroupDecayOptimizer):
     """SGD whose weight decay becomes smaller in later groups of rows: the group regularisation of US3L.
 
-    The gradient of every row gains weight_decay * (1 - alpha * g) * row, g = 0 .. groups - 1 the group of the row;
-    groups are max(1, rows // groups) rows each and the last one takes the rest. Rows are the output channels (first
-    dimension) of 4-D parameters and the elements of 1-D ones; others decay as group 0. This is exactly the
-    gradient of sum_g lambda (1 - alpha g) ||p_g||^2 in the loss, with lambda = weight_decay / 2 (Cao, Sun and Zhou,
-    CVPR 2023). Momentum is torch.optim.SGD's (no dampening); with alpha = 0 the result is its, bit for bit.
+    The gradient of every row gains weight_decay * (1 - alpha * g) * row, where g = 0 .. groups - 1 is the
+    group of the row: a group is max(1, rows // groups) rows, and the last one also takes what is left over.
+    Rows are the output channels (first dimension) of 4-D parameters and the elements of 1-D ones; others decay
+    as group 0. This is exactly the gradient of sum_g lambda (1 - alpha g) ||p_g||^2 in the loss, with
+    lambda = weight_decay / 2 (Cao, Sun and Zhou, CVPR 2023). Momentum is that of torch.optim.SGD without
+    dampening, and with alpha = 0 the result is that of torch.optim.SGD(foreach=True), bit for bit.
 
     A parameter takes part in a step if it has a gradient: `.grad` is not None and, where it is attached
     (us3l_kernels.gradients), something was added to it since it was zeroed.
 
-    Dense fp32 parameters on a CUDA device are updated by one kernel in one pass over memory, together with their
-    average in `step(ema=...)`, if the CUDA library is built; it rounds differently than the foreach operations that
-    do everything else.
+    A group of fp32 parameters on a CUDA device, contiguous or channels_last with gradients alike, is
+    updated by one kernel in one pass over memory, together with the teacher of `step(ema=...)`, where the
+    CUDA library is built. It rounds differently from the foreach operations that do all else.
 
     Args: (each may differ per parameter group and change between steps)
         params: parameters, (name, parameter) pairs, or dicts of parameter groups; floating-point, any device.
@@ -37,8 +39,8 @@ class SGD(GroupDecayOptimizer):
         nesterov: Nesterov momentum; needs momentum > 0.
         alpha: relative decrease of the decay from one group to the next, in [0, 1 / (groups - 1)].
         groups: number of groups.
-        decay_without_grad: a parameter without a gradient is not skipped; its gradient counts as zero, so that
-            decay and momentum act on it (where it requires a gradient), as the regulariser in the loss would.
+        decay_without_grad: a parameter that requires a gradient but has none is not skipped: its gradient
+            counts as zero, so that decay and momentum act on it, as the regulariser in the loss would.
 
     Raises:
         ValueError: an option is out of its range; the message names it.
@@ -86,11 +88,27 @@ class SGD(GroupDecayOptimizer):
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], ema: EMA | None
     ) -> Iterable[Tensor]:
         buffers = self._momentum_buffers(params) if group["momentum"] != 0.0 else []
-        _foreach_sgd(params, grads, buffers, group)
-        return ()
+        if not _kernel_takes(params, grads, buffers):
+            _foreach_sgd(params, grads, buffers, group)
+            return ()
+        teacher_of = {} if ema is None else ema.teacher_of
+        averaged = {p for p in params if p in teacher_of and _alike(p, teacher_of[p])}
+        for with_teacher in (True, False):
+            chosen = [i for i, p in enumerate(params) if (p in averaged) is with_teacher]
+            _kernel_sgd(
+                [params[i] for i in chosen],
+                [grads[i] for i in chosen],
+                [buffers[i] for i in chosen] if buffers else [],
+                [teacher_of[params[i]] for i in chosen] if with_teacher else [],
+                group,
+                0.0 if ema is None else ema.momentum,
+            )
+        return averaged
 
 
-def _foreach_sgd(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
+def _foreach_sgd(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
+) -> None:
     weight_decay, alpha, momentum = group["weight_decay"], group["alpha"], group["momentum"]
     # The gradients are the caller's: what is added to them goes into new tensors.
     if weight_decay != 0.0 and alpha == 0.0:
@@ -103,3 +121,49 @@ def _foreach_sgd(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor
         torch._foreach_add_(buffers, grads)
         grads = list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
     torch._foreach_add_(params, grads, alpha=-group["lr"])
+
+
+def _alike(param: Tensor, other: Tensor) -> bool:
+    """Whether both are dense and lie in memory in the same order."""
+    if other.dtype is not param.dtype or other.device != param.device:
+        return False
+    if param.is_contiguous():
+        return other.is_contiguous()
+    return all(t.is_contiguous(memory_format=torch.channels_last) for t in (param, other))
+
+
+def _kernel_takes(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> bool:
+    first = params[0]
+    return (
+        first.is_cuda
+        and first.dtype is torch.float32
+        and _native.load_cuda() is not None
+        and all(p.dtype is first.dtype and p.device == first.device for p in params)
+        and all(map(_alike, params, grads))
+        and all(map(_alike, params, buffers))
+    )
+
+
+def _kernel_sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    teachers: list[Tensor],
+    group: dict[str, Any],
+    ema_momentum: float,
+) -> None:
+    torch.ops.us3l_native.sgd_(
+        params,
+        grads,
+        buffers,
+        teachers,
+        lr=group["lr"],
+        momentum=group["momentum"],
+        weight_decay=group["weight_decay"],
+        nesterov=group["nesterov"],
+        alpha=group["alpha"],
+        groups=group["groups"],
+        ema_momentum=ema_momentum,
+    )
+    # A native operator does not count its writes; caches of weights rely on the count.
+    torch.autograd.graph.increment_version([*params, *buffers, *teachers])
