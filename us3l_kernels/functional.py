@@ -3,7 +3,8 @@
 The active input channels are those of `x`; the active output channels are an argument. Parameters come at full size
 and get full-size gradients that are zero outside the slice (or see `us3l_kernels.gradients`). Each function checks its
 arguments, resolves the dtype under autocast (the same way in training and evaluation), chooses a backend and calls one
-registered operator. Any strides; float32, bfloat16, float16, and float64 on `reference` and `aten`. Differentiable once.
+registered operator. Any strides; float32, bfloat16, float16, and float64 on `reference` and `aten`. Differentiable
+once.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ def conv2d(
             )
         follows = channels // group * (weight.size(0) // groups)
         if out_channels not in (None, follows):
-            raise ValueError(f"conv2d: out_channels: {channels} channels in {groups} groups give {follows}, got {out_channels}")
+            raise ValueError(
+                f"conv2d: out_channels: {channels} channels in {groups} groups give {follows}, got {out_channels}"
+            )
         out_channels = follows
     _check_active("conv2d", "out_channels", out_channels, weight.size(0))
     x = _autocast(x)
@@ -186,7 +189,13 @@ def batch_norm(
         raise ValueError(f"batch_norm: x: expected [N, C, ...], got shape {tuple(x.shape)}")
     channels = x.size(1)
     _check_vectors(
-        "batch_norm", x, channels, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+        "batch_norm",
+        x,
+        channels,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
     )
     if activation not in ACTIVATIONS:
         raise ValueError(f"batch_norm: activation: expected one of {ACTIVATIONS}, got {activation!r}")

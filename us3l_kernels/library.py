@@ -5,8 +5,8 @@ Every operation is one forward operator and one backward operator; the backend i
 gradients into the prefixes of the full-size tensors it is given: fresh zeros in the ordinary case, the attached buffer
 when gradients are accumulated in place (`us3l_kernels.gradients`). That is the whole difference between the two.
 
-Outputs have defined strides: channels_last if x or the weight is, contiguous otherwise. Gradients of x have the strides of x
-made dense. Differentiating twice raises.
+Outputs have defined strides: channels_last if x or the weight is, contiguous otherwise. Gradients of x have the
+strides of x made dense. Differentiating twice raises.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from us3l_kernels.backends import BACKENDS
 from us3l_kernels.gradients import slot_of
@@ -95,16 +94,19 @@ def _conv2d_fake(
     backend: str,
 ) -> Tensor:
     height, width = (
-        (x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(2 + d) - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
+        (x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(2 + d) - 1) - 1) // stride[d] + 1 for d in (0, 1)
     )
-    return _empty(
-        x, (x.size(0), out_channels, height, width), is_channels_last(x) or is_channels_last(weight)
-    )
+    return _empty(x, (x.size(0), out_channels, height, width), is_channels_last(x) or is_channels_last(weight))
 
 
 def _conv2d_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, gw: Tensor | None, gb: Tensor | None, need_grad_x: bool, *args: Any
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gw: Tensor | None,
+    gb: Tensor | None,
+    need_grad_x: bool,
+    *args: Any,
 ) -> Tensor:
     dx = BACKENDS[args[-1]].conv2d_backward(grad, x, weight, gw, gb, need_grad_x, *args[:-1])
     return _gradient_of(x, dx, need_grad_x)
@@ -114,9 +116,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: int, in_: int, 
     return BACKENDS[backend].linear(x, weight, bias, out, in_).contiguous()
 
 
-def _linear_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: int, in_: int, backend: str
-) -> Tensor:
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, out: int, in_: int, backend: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], out))
 
 
@@ -206,6 +206,26 @@ def _fake_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, gw: Any, gb: 
 # ---------------------------------------------------------------------------------------------- autograd
 
 
+def first_derivative_only(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A Function's backward without a derivative of its own: asking for one raises and names the operator."""
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(ctx: Any, *grads: Tensor | None) -> Any:
+            with torch.no_grad():
+                outputs = backward(ctx, *grads)
+            if not torch.is_grad_enabled():  # not under create_graph=True
+                return outputs
+            message = f"us3l::{name} has first derivatives only: its backward cannot be differentiated again"
+            error = torch._C._functions.DelayedError(message.encode(), len(outputs))
+            # Fresh leaves, because the error must be in the history whatever the gradients depended on.
+            fresh = [None if t is None else t.detach().requires_grad_() for t in outputs]
+            return error(*fresh)  # type: ignore[arg-type]  # None is allowed, its stub says not
+
+        return checked
+
+    return decorate
+
+
 class _Gradients:
     """Where the gradients of a layer's parameters go, and what is handed back to autograd."""
 
@@ -240,7 +260,7 @@ class _Conv2d(torch.autograd.Function):
         return _forward(ctx, ops.conv2d.default, (x, weight, bias), args)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("conv2d")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         parameters = _Gradients(ctx, {1: weight, 2: bias})
@@ -256,7 +276,7 @@ class _Linear(torch.autograd.Function):
         return _forward(ctx, ops.linear.default, (x, weight, bias), args)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("linear")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         parameters = _Gradients(ctx, {1: weight, 2: bias})
@@ -287,7 +307,7 @@ class _BatchNorm(torch.autograd.Function):
         return y, mean, rstd
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("batch_norm")
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * (6 + len(ctx.args))
@@ -334,7 +354,7 @@ class _LayerNorm(torch.autograd.Function):
         return y, mean, rstd
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("layer_norm")
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * (3 + len(ctx.args))

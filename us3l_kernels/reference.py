@@ -1,4 +1,4 @@
-"""Every sliced operation in plain PyTorch: the oracle of the tests, the documentation, the last fallback.
+"""Every sliced operation, forward and backward, in plain PyTorch: oracle, documentation, last fallback.
 
 A slice is a prefix. The active input channels are those that `x` brings, the active output channels are an argument;
 the parameters come in at full size and only their prefix is read.
@@ -6,16 +6,14 @@ the parameters come in at full size and only their prefix is read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def active_conv_weight(
-    weight: Tensor, in_channels: int, out_channels: int, groups: int
-) -> tuple[Tensor, int]:
+def active_conv_weight(weight: Tensor, in_channels: int, out_channels: int, groups: int) -> tuple[Tensor, int]:
     """The view of a full convolution weight that a sub-network uses, and its number of groups.
 
     weight: [K, C / groups, kh, kw]. With groups = 1 both channel dimensions are prefixes. With groups the channels of
@@ -44,6 +42,41 @@ def activation_mask(y: Tensor, activation: str | None) -> Tensor:
     return torch.ones_like(y, dtype=torch.bool)
 
 
+def _taps(
+    padded: Tensor,
+    kernel: Sequence[int],
+    output: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> Iterator[Tensor]:
+    """For every kernel position the view of the padded image [N, C, H', W'] that it is multiplied with."""
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            top, left = i * dilation[0], j * dilation[1]
+            yield padded[
+                :,
+                :,
+                top : top + (output[0] - 1) * stride[0] + 1 : stride[0],
+                left : left + (output[1] - 1) * stride[1] + 1 : stride[1],
+            ]
+
+
+def _patches(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """[N, C, H, W] -> [N, groups, C / groups, taps, H', W']."""
+    n, c = x.shape[:2]
+    output = [(x.size(2 + d) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)]
+    padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    taps = torch.stack(list(_taps(padded, kernel, output, stride, dilation)), dim=2)
+    return taps.reshape(n, groups, c // groups, taps.size(2), *output)
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -58,32 +91,71 @@ def conv2d(
 
     Written as patches times weight, so that it shares nothing with the convolutions it is the oracle of.
     """
-    n, c, h, w = x.shape
-    active, groups = active_conv_weight(weight, c, out_channels, groups)
-    kh, kw = weight.shape[2:]
-    height = (h + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
-    width = (w + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
-    padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    taps = [
-        padded[
-            :,
-            :,
-            i * dilation[0] : i * dilation[0] + (height - 1) * stride[0] + 1 : stride[0],
-            j * dilation[1] : j * dilation[1] + (width - 1) * stride[1] + 1 : stride[1],
-        ]
-        for i in range(kh)
-        for j in range(kw)
-    ]
-    patches = torch.stack(taps, dim=2).reshape(n, groups, c // groups, kh * kw, height, width)
-    kernels = active.to(x.dtype).reshape(groups, out_channels // groups, c // groups, kh * kw)
-    y = torch.einsum("ngcthw,gkct->ngkhw", patches, kernels).reshape(n, out_channels, height, width)
+    active, groups = active_conv_weight(weight, x.size(1), out_channels, groups)
+    patches = _patches(x, weight.shape[2:], stride, padding, dilation, groups)
+    kernels = active.to(x.dtype).reshape(groups, out_channels // groups, *patches.shape[2:4])
+    y = torch.einsum("ngcthw,gkct->ngkhw", patches, kernels).flatten(1, 2)
     return y if bias is None else y + bias[:out_channels].to(x.dtype).view(-1, 1, 1)
+
+
+def conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    need_grad_x: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor | None:
+    """The adjoints of `conv2d`: adds dW and db into the prefixes of the full-size tensors given, returns dX."""
+    (n, c, h, w), out_channels, kernel = x.shape, grad.size(1), weight.shape[2:]
+    active, active_groups = active_conv_weight(weight, c, out_channels, groups)
+    grads = grad.reshape(n, active_groups, out_channels // active_groups, *grad.shape[2:])
+    if grad_weight is not None:
+        patches = _patches(x, kernel, stride, padding, dilation, active_groups)
+        dw = torch.einsum("ngkhw,ngcthw->gkct", grads, patches).reshape(active.shape)
+        active_conv_weight(grad_weight, c, out_channels, groups)[0].add_(dw)
+    if grad_bias is not None:
+        grad_bias[:out_channels].add_(grad.sum((0, 2, 3)))
+    if not need_grad_x:
+        return None
+    kernels = active.to(x.dtype).reshape(active_groups, out_channels // active_groups, -1, kernel.numel())
+    dtaps = torch.einsum("ngkhw,gkct->tngchw", grads, kernels).flatten(2, 3)
+    padded = x.new_zeros(n, c, h + 2 * padding[0], w + 2 * padding[1])
+    for tap, dtap in zip(_taps(padded, kernel, grad.shape[2:], stride, dilation), dtaps, strict=True):
+        tap += dtap
+    return padded[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
     """y = x[..., :in] @ weight[:out, :in]^T + bias[:out]."""
     y = torch.matmul(x[..., :in_features], weight[:out_features, :in_features].to(x.dtype).t())
     return y if bias is None else y + bias[:out_features].to(x.dtype)
+
+
+def linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    need_grad_x: bool,
+    in_features: int,
+) -> Tensor | None:
+    """Adds dW = grad^T x and db into their prefixes, returns dX = grad W (zero past `in_features`)."""
+    out_features = grad.size(-1)
+    rows = grad.reshape(-1, out_features)
+    if grad_weight is not None:
+        grad_weight[:out_features, :in_features] += rows.t() @ x[..., :in_features].reshape(-1, in_features)
+    if grad_bias is not None:
+        grad_bias[:out_features] += rows.sum(0)
+    if not need_grad_x:
+        return None
+    dx = torch.matmul(grad, weight[:out_features, :in_features].to(grad.dtype))
+    return F.pad(dx, (0, x.size(-1) - in_features))
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -138,9 +210,45 @@ def batch_norm(
     return activate(y, activation).to(x.dtype), torch.stack(means), torch.stack(rstds)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+    training: bool,
+    views: int,
+    activation: str | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Adds dweight = sum(g * normalised) and dbias = sum(g) into their prefixes, returns (dX, dResidual).
+
+    g is grad where the activation passes it. dX = weight * rstd * (g - mean(g) - normalised * mean(g * normalised)) in
+    training, without the two means (the statistics being constants) otherwise.
+    """
+    c = x.size(1)
+    column = (1, -1, *[1] * (x.dim() - 2))
+    dims = [0, *range(2, x.dim())]
+    masked = (grad * activation_mask(y, activation)).to(mean.dtype)
+    scale = torch.ones_like(mean[0]) if weight is None else weight[:c].to(mean.dtype)
+    dx = []
+    for g, view, m, r in zip(masked.chunk(mean.size(0)), x.to(mean.dtype).chunk(mean.size(0)), mean, rstd, strict=True):
+        normalised = (view - m.view(column)) * r.view(column)
+        if grad_weight is not None:
+            grad_weight[:c] += (g * normalised).sum(dims)
+        if grad_bias is not None:
+            grad_bias[:c] += g.sum(dims)
+        if training:
+            g = g - g.mean(dims, keepdim=True) - normalised * (g * normalised).mean(dims, keepdim=True)
+        dx.append(g * (scale * r).view(column))
+    return torch.cat(dx).to(x.dtype), masked.to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y = (x - mean) * rstd * weight[:C] + bias[:C] over the last dimension (Ba, Kiros and Hinton, 2016)."""
     c = x.size(-1)
     wide = x.to(_statistics_dtype(x))
@@ -152,3 +260,27 @@ def layer_norm(
     if bias is not None:
         y = y + bias[:c].to(y.dtype)
     return y.to(x.dtype), mean, rstd
+
+
+def layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    need_grad_x: bool,
+) -> Tensor | None:
+    """Adds dweight and dbias into their prefixes, returns dX."""
+    c = x.size(-1)
+    g = grad.to(mean.dtype)
+    normalised = (x.to(mean.dtype) - mean) * rstd
+    if grad_weight is not None:
+        grad_weight[:c] += (g * normalised).reshape(-1, c).sum(0)
+    if grad_bias is not None:
+        grad_bias[:c] += g.reshape(-1, c).sum(0)
+    if weight is not None:
+        g = g * weight[:c].to(g.dtype)
+    dx = g - g.mean(-1, keepdim=True) - normalised * (g * normalised).mean(-1, keepdim=True)
+    return (dx * rstd).to(x.dtype)

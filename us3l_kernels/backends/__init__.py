@@ -91,9 +91,7 @@ class Backend:
         """Adds into the prefixes of the full-size `grad_weight` and `grad_bias` (None: not needed); returns dX."""
         raise NotImplementedError
 
-    def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, in_features: int
-    ) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
         """[..., >= in_features] -> [..., out_features]."""
         raise NotImplementedError
 

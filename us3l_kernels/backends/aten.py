@@ -22,10 +22,11 @@ class AtenBackend(Backend):
     name = "aten"
 
     def why_not(self, op: str, x: Tensor, weight: Tensor | None) -> str | None:
-        if op in ("batch_norm", "layer_norm") and weight is not None and weight.dtype != x.dtype:
-            if weight.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16):
-                return f"ATen's norms mix half precision x with float32 only, not {x.dtype} with {weight.dtype}"
-        return None
+        if op not in ("batch_norm", "layer_norm") or weight is None or weight.dtype == x.dtype:
+            return None
+        if weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
+            return None
+        return f"ATen's norms mix half precision x with float32 only, not {x.dtype} with {weight.dtype}"
 
     def conv2d(
         self,
@@ -76,13 +77,9 @@ class AtenBackend(Backend):
             grad_bias[:out_channels].add_(db)
         return dx
 
-    def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, in_features: int
-    ) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
         active_bias = None if bias is None else bias[:out_features].to(x.dtype)
-        return F.linear(
-            x[..., :in_features], weight[:out_features, :in_features].to(x.dtype), active_bias
-        )
+        return F.linear(x[..., :in_features], weight[:out_features, :in_features].to(x.dtype), active_bias)
 
     def linear_backward(
         self,
@@ -131,10 +128,7 @@ class AtenBackend(Backend):
         c = x.size(1)
         w, b, rm, rv = (None if t is None else t[:c] for t in (weight, bias, running_mean, running_var))
         if training:
-            parts = [
-                torch.native_batch_norm(view, w, b, rm, rv, True, momentum, eps)
-                for view in x.chunk(views)
-            ]
+            parts = [torch.native_batch_norm(view, w, b, rm, rv, True, momentum, eps) for view in x.chunk(views)]
             y = parts[0][0] if views == 1 else torch.cat([p[0] for p in parts])
             mean, rstd = torch.stack([p[1] for p in parts]), torch.stack([p[2] for p in parts])
         else:
@@ -185,9 +179,7 @@ class AtenBackend(Backend):
                 0.0,
                 [need_grad_x, grad_weight is not None, grad_bias is not None],
             )
-            for g, view, m, r in zip(
-                grad.chunk(mean.size(0)), x.chunk(mean.size(0)), mean, rstd, strict=True
-            )
+            for g, view, m, r in zip(grad.chunk(mean.size(0)), x.chunk(mean.size(0)), mean, rstd, strict=True)
         ]
         for _, dw, db in parts:
             if grad_weight is not None:
