@@ -37,15 +37,20 @@ def _autocast(x: Tensor) -> Tensor:
     return x
 
 
-def _check_parameters(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """x and its parameters must agree, but for a low precision x (autocast) with float32 master weights."""
-    mixed = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == torch.float32
-    if weight.dtype != x.dtype and not mixed:
+def _check_fits(op: str, name: str, x: Tensor, parameter: Tensor) -> None:
+    """A parameter shares device and dtype with x, but for a low precision x (autocast) with float32 masters."""
+    if parameter.device != x.device:
+        raise ValueError(f"{op}: {name}: expected the device of x, {x.device}, got {parameter.device}")
+    mixed = x.dtype in (torch.bfloat16, torch.float16) and parameter.dtype == torch.float32
+    if parameter.dtype != x.dtype and not mixed:
         raise TypeError(
-            f"{op}: weight: expected the dtype of x, {x.dtype} (or float32 for a half precision x), got {weight.dtype}"
+            f"{op}: {name}: expected the dtype of x, {x.dtype} (or float32 for a half precision x), "
+            f"got {parameter.dtype}"
         )
-    if weight.device != x.device:
-        raise ValueError(f"{op}: weight: expected the device of x, {x.device}, got {weight.device}")
+
+
+def _check_parameters(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_fits(op, "weight", x, weight)
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(
@@ -53,7 +58,8 @@ def _check_parameters(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -
             )
         if bias.dtype != weight.dtype or bias.device != weight.device:
             raise TypeError(
-                f"{op}: bias: expected {weight.dtype} on {weight.device} as the weight, got {bias.dtype} on {bias.device}"
+                f"{op}: bias: expected {weight.dtype} on {weight.device}, as the weight, "
+                f"got {bias.dtype} on {bias.device}"
             )
 
 
@@ -151,13 +157,7 @@ def _check_vectors(op: str, x: Tensor, channels: int, **vectors: Tensor | None) 
             raise ValueError(
                 f"{op}: {name}: expected a full vector of at least {channels} elements, got {tuple(vector.shape)}"
             )
-        if vector.device != x.device:
-            raise ValueError(f"{op}: {name}: expected the device of x, {x.device}, got {vector.device}")
-        mixed = x.dtype in (torch.bfloat16, torch.float16) and vector.dtype == torch.float32
-        if vector.dtype != x.dtype and not mixed:
-            raise TypeError(
-                f"{op}: {name}: expected the dtype of x, {x.dtype} (or float32 for a half precision x), got {vector.dtype}"
-            )
+        _check_fits(op, name, x, vector)
 
 
 def batch_norm(
@@ -201,7 +201,8 @@ def batch_norm(
         raise ValueError(f"batch_norm: activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
-            f"batch_norm: residual: expected {tuple(x.shape)} {x.dtype} as x, got {tuple(residual.shape)} {residual.dtype}"
+            f"batch_norm: residual: expected {tuple(x.shape)} {x.dtype} as x, "
+            f"got {tuple(residual.shape)} {residual.dtype}"
         )
     if (running_mean is None) != (running_var is None):
         raise ValueError("batch_norm: running_mean and running_var: expected both or neither")
@@ -212,8 +213,8 @@ def batch_norm(
             raise ValueError(f"batch_norm: views: expected a divisor of the batch of {x.size(0)}, got {views}")
         if x.numel() // (channels * views) <= 1:
             raise ValueError(
-                f"batch_norm: x: expected more than 1 value per channel and view in training, got shape {tuple(x.shape)}"
-                f" with {views} views"
+                "batch_norm: x: expected more than 1 value per channel and view in training, "
+                f"got shape {tuple(x.shape)} with {views} views"
             )
     backend = choose("batch_norm", x, weight)
     return ops.batch_norm(

@@ -47,6 +47,12 @@ class Slot:
     def destination(self) -> Tensor | None:
         """Where a backward adds the gradient; None if the running backward does not want this parameter's."""
         p = self.parameter
+        if (p.shape, p.dtype, p.device) != (self.view.shape, self.view.dtype, self.view.device):
+            raise RuntimeError(
+                f"{self.name!r} was {tuple(self.view.shape)} {self.view.dtype} on {self.view.device} when its "
+                f"gradient was attached and is {tuple(p.shape)} {p.dtype} on {p.device} now: "
+                "detach and attach the model again after moving or converting it"
+            )
         try:
             wanted = torch._C._will_engine_execute_node(self._accumulate)
         except RuntimeError as e:
@@ -60,12 +66,6 @@ class Slot:
             raise RuntimeError(
                 f"{self.name!r} has tensor hooks, which never see a gradient that is accumulated in place. "
                 "Remove them, or us3l_kernels.gradients.detach(model) first"
-            )
-        if (p.shape, p.dtype, p.device) != (self.view.shape, self.view.dtype, self.view.device):
-            raise RuntimeError(
-                f"{self.name!r} was {tuple(self.view.shape)} {self.view.dtype} on {self.view.device} when its "
-                f"gradient was attached and is {tuple(p.shape)} {p.dtype} on {p.device} now: "
-                "detach and attach the model again after moving or converting it"
             )
         self._link()
         self.touched = True
