@@ -41,17 +41,19 @@ class Slot:
         self.name = name
         self.view = view
         self.touched = False
+        self._address = view.data_ptr()
+        self._kind = (parameter.shape, parameter.dtype, parameter.device)
         self._accumulate = torch.autograd.graph.get_gradient_edge(parameter).node
         self._hook = parameter.register_post_accumulate_grad_hook(self._after_autograd)
 
     def destination(self) -> Tensor | None:
         """Where a backward adds the gradient; None if the running backward does not want this parameter's."""
         p = self.parameter
-        if (p.shape, p.dtype, p.device) != (self.view.shape, self.view.dtype, self.view.device):
+        # Module.to moves a gradient by giving the same tensor object other memory: the address tells.
+        if self.view.data_ptr() != self._address or (p.shape, p.dtype, p.device) != self._kind:
             raise RuntimeError(
-                f"{self.name!r} was {tuple(self.view.shape)} {self.view.dtype} on {self.view.device} when its "
-                f"gradient was attached and is {tuple(p.shape)} {p.dtype} on {p.device} now: "
-                "detach and attach the model again after moving or converting it"
+                f"{self.name!r} was moved or converted after its gradient was attached (as {self._kind[1]} on "
+                f"{self._kind[2]}): detach and attach the model again"
             )
         try:
             wanted = torch._C._will_engine_execute_node(self._accumulate)
