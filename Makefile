@@ -1,0 +1,54 @@
+# The two commands: `make demo` and `make test`.
+#
+# $(PYTHON) is used as it is when it can already import torch: nothing is downloaded then. Otherwise .venv is made, with
+# what pyproject.toml declares.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+
+ifeq ($(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes),yes)
+PY := $(PYTHON)
+# The environment is not ours: say what it lacks for the task, install nothing.
+environment-%:
+	@$(PY) scripts/requirements.py check $(subst +, ,$*)
+else
+PY := .venv/bin/python
+environment-%: .venv/.deps-stamp
+	@true
+endif
+
+.PHONY: help demo test test-all build lint clean
+help:
+	@echo "make demo       pre-train on the embedded images and evaluate the sub-networks"
+	@echo "make test       lint, types, and the default tests"
+	@echo "make test-all   the same with the slow tests"
+	@echo "make build      compile the kernels of csrc in place"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove what was built (not .venv)"
+	@echo "PYTHON=...      the interpreter to use; one that has torch is used as it is"
+
+demo: environment-build+run build
+	$(PY) -m us3l demo
+
+test: environment-build+run+test build lint
+	$(PY) -m pytest
+
+test-all: environment-build+run+test build lint
+	$(PY) -m pytest -m ""
+
+build: environment-build
+	$(PY) setup.py -q build_ext --inplace
+
+lint: environment-run+test
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf build dist *.egg-info us3l_kernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+.venv/.deps-stamp: pyproject.toml scripts/requirements.py
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q --upgrade pip
+	.venv/bin/python scripts/requirements.py list build run test > .venv/requirements.txt
+	.venv/bin/python -m pip install --progress-bar off -r .venv/requirements.txt
+	@touch $@
