@@ -26,7 +26,10 @@ from typing import Any
 import torch
 
 from us3l_kernels.version import __version__
+from us3l.config import from_dict
 from us3l.errors import CheckpointError
+from us3l.methods import Method, build_method
+from us3l_kernels.nn.calibration import load_statistics
 
 FORMAT = 1
 _KEYS = {
@@ -133,6 +136,15 @@ class CheckpointFolder:
             path.unlink(missing_ok=True)
 
 
+def restore(checkpoint: Checkpoint) -> Method:
+    """The trained method of a checkpoint, in evaluation mode on the CPU, with its calibrated statistics."""
+    method = build_method(from_dict(checkpoint["config"]))
+    method.load_state_dict(checkpoint["method"])
+    if checkpoint["statistics"] is not None:
+        load_statistics(method.encoder_q, checkpoint["statistics"])
+    return method.eval()
+
+
 def rng_state() -> dict[str, Any]:
     """States of the global random generators of Python and torch."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -155,6 +167,7 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
         "processes": processes,
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "backends": [name for name, backend in BACKENDS.items() if backend.unavailable() is None],
         "requested": {name: os.environ.get(name, "auto") for name in ("US3L_BACKEND", "US3L_ISA")},
@@ -162,6 +175,16 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
         "us3l": __version__,
         "python": platform.python_version(),
     }
+
+
+def _cpu_name() -> str:
+    """Model of the processor: matrix products are cut to its caches, which decides the order of their sums."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def check_environment(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -172,7 +195,7 @@ def check_environment(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """
     keys = ["processes", "device"]
     if now["device"] == "cpu":
-        keys += ["threads", "isa", "backends", "requested", "torch"]
+        keys += ["threads", "cpu", "isa", "backends", "requested", "torch"]
     changes = [f"{key}: {saved[key]} then, {now[key]} now" for key in keys if saved[key] != now[key]]
     if changes:
         raise CheckpointError(

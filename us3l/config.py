@@ -70,9 +70,7 @@ class MethodConfig:
     base_loss: str = _one_of("infonce", "cosine")
     temperature: float = _number(0.5, above=0)  # of InfoNCE
     target: str = _one_of("momentum", "live")  # live: the full network's own detached projections
-    momentum: float = _number(
-        0.99, least=0, most=1
-    )  # of the teacher: t = m t + (1 - m) s, once per iteration
+    momentum: float = _number(0.99, least=0, most=1)  # of the teacher: t = m t + (1 - m) s, once per iteration
     distillation: str = _one_of("cosine", "infonce", "none")  # none: the base loss at every width
     aux_head: bool = True  # sub-networks predict through a head of their own
 
@@ -84,9 +82,7 @@ class SamplerConfig:
     kind: str = _one_of("dynamic", "sandwich", "uniform", "fixed")
     n: int = _number(3, least=1)  # widths per iteration; `fixed` reads `widths` instead
     min_width: float = _number(0.25, above=0, most=1)
-    widths: list[float] = field(
-        default_factory=lambda: [1.0, 0.75, 0.5, 0.25]
-    )  # fixed; one entry: an individual net
+    widths: list[float] = field(default_factory=lambda: [1.0, 0.75, 0.5, 0.25])  # fixed; one entry: an individual net
 
 
 @dataclass
@@ -116,9 +112,7 @@ class TrainConfig:
     """The loop."""
 
     epochs: int = _number(100, least=1)
-    step: str = _one_of(
-        "joint", "per_width"
-    )  # one update per iteration, or (as published) one after every width
+    step: str = _one_of("joint", "per_width")  # one update per iteration, or (as published) one after every width
     amp: str = _one_of("none", "bf16", "fp16")  # fp16 with a gradient scaler
     channels_last: bool = True
     seed: int = _number(0, least=0)
@@ -159,9 +153,17 @@ def load(name_or_file: str | None = None, overrides: Sequence[str] = ()) -> Conf
     Raises :class:`ConfigError` for an unknown recipe or file, an unknown key (naming the nearest valid one),
     an ill-typed value, a value out of its range or list of choices, and combinations that contradict.
     """
+    recipe = [] if name_or_file is None else [_read(name_or_file)]
+    return _build(recipe + _read_overrides(overrides))
+
+
+def from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The checked Config of nested dicts, as written by :func:`to_dict`. Errors as in :func:`load`."""
+    return _build([("configuration", OmegaConf.create(values)), *_read_overrides(overrides)])
+
+
+def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     layers: list[tuple[str, Any]] = []
-    if name_or_file is not None:
-        layers.append(_read(name_or_file))
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
@@ -170,12 +172,7 @@ def load(name_or_file: str | None = None, overrides: Sequence[str] = ()) -> Conf
             layers.append((f"override {override!r}", OmegaConf.from_dotlist([override])))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read override {override!r}: {error}") from None
-    return _build(layers)
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-    """The checked Config of nested dicts, as written by :func:`to_dict`. Errors as in :func:`load`."""
-    return _build([("configuration", OmegaConf.create(values))])
+    return layers
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -205,9 +202,7 @@ def recipes() -> list[str]:
     folder = resources.files("us3l") / "recipes"
     if not folder.is_dir():
         return []
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    )
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def validate(config: Config) -> None:
@@ -241,8 +236,7 @@ def validate(config: Config) -> None:
         )
     if config.sampler.kind == "sandwich" and config.sampler.n < 2:
         raise ConfigError(
-            "sampler.kind=sandwich always draws 1.0 and min_width: expected sampler.n >= 2, "
-            f"got {config.sampler.n}"
+            f"sampler.kind=sandwich always draws 1.0 and min_width: expected sampler.n >= 2, got {config.sampler.n}"
         )
     if config.regulariser.kind == "group":
         last = 1 - config.regulariser.alpha * (config.regulariser.groups - 1)
@@ -253,9 +247,7 @@ def validate(config: Config) -> None:
             "or the last group's decay would be negative",
             config.regulariser.alpha,
         )
-        if config.regulariser.alpha > 0 and config.regulariser.warmup_epochs >= max(
-            1, config.train.epochs / 2
-        ):
+        if config.regulariser.alpha > 0 and config.regulariser.warmup_epochs >= max(1, config.train.epochs / 2):
             raise ConfigError(
                 "regulariser.alpha ramps up between regulariser.warmup_epochs and half of train.epochs: "
                 f"expected warmup_epochs < {config.train.epochs / 2:g}, got {config.regulariser.warmup_epochs}"
@@ -305,9 +297,7 @@ def _read(name_or_file: str) -> tuple[str, Any]:
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
-            raise ConfigError(
-                f"cannot read the configuration file {name_or_file}: {error.strerror}"
-            ) from None
+            raise ConfigError(f"cannot read the configuration file {name_or_file}: {error.strerror}") from None
     else:
         known = recipes()
         if name_or_file not in known:
@@ -328,9 +318,7 @@ def _read(name_or_file: str) -> tuple[str, Any]:
 def _build(layers: list[tuple[str, Any]]) -> Config:
     merged = OmegaConf.structured(Config)
     for source, layer in layers:
-        _require(
-            OmegaConf.is_dict(layer), source, "sections of keys and values", OmegaConf.to_container(layer)
-        )
+        _require(OmegaConf.is_dict(layer), source, "sections of keys and values", OmegaConf.to_container(layer))
         for name, section in layer.items():
             if name in merged:
                 _require(
@@ -342,9 +330,7 @@ def _build(layers: list[tuple[str, Any]]) -> Config:
         try:
             merged = OmegaConf.merge(merged, layer)
         except ConfigKeyError as error:
-            raise ConfigError(
-                f"{source}: unknown key {error.full_key!r}{_nearest(error.full_key or '')}"
-            ) from None
+            raise ConfigError(f"{source}: unknown key {error.full_key!r}{_nearest(error.full_key or '')}") from None
         except ValidationError as error:
             raise ConfigError(f"{source}: {_ill_typed(error, layer)}") from None
         except OmegaConfBaseException as error:

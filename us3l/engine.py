@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -83,9 +83,7 @@ class TrainStep:
         self.gradients.zero_()
         for index, width in enumerate(widths):
             with self.autocast():
-                loss, projection, targets = self.method(
-                    images, width=width, full=index == 0, targets=targets
-                )
+                loss, projection, targets = self.method(images, width=width, full=index == 0, targets=targets)
             self.scaler.scale(loss).backward()
             losses.append(loss.detach())
             projections.append(projection)
@@ -128,6 +126,7 @@ class Trainer:
         config: what to do (us3l.config.load).
         world: the processes of this run (us3l.distributed.launched); this one alone by default.
         console: where progress is shown; `Console(quiet=True)` for silence.
+        on_epoch: called after every epoch with the number of epochs done.
 
     Attributes:
         method: being trained; `method.encoder_q` is the backbone to evaluate.
@@ -135,10 +134,18 @@ class Trainer:
         epoch, batch: position of the next batch, both from 0.
     """
 
-    def __init__(self, config: Config, *, world: World = SINGLE, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        world: World = SINGLE,
+        console: Console | None = None,
+        on_epoch: Callable[[int], None] | None = None,
+    ) -> None:
         validate(config)
         self.config = config
         self.world = world
+        self.on_epoch = on_epoch
         self.console = (console or Console()) if world.is_main else Console(quiet=True)
         self.device = resolve_device(config.train.device, world.local_rank)
         if config.train.threads is not None:
@@ -204,14 +211,14 @@ class Trainer:
                 if config.train.knn_every and self.epoch % config.train.knn_every == 0:
                     self._online_knn(monitor)
                 self.save()
+                if self.on_epoch is not None:
+                    self.on_epoch(self.epoch)
 
     def _train_epoch(self, monitor: Monitor, stopped_by: list[signal.Signals]) -> None:
         """From the current batch to the end of the epoch."""
         config = self.config
         batches = len(self.data.train)
-        alpha = group_alpha(
-            self.epoch, config.train.epochs, config.regulariser.warmup_epochs, config.regulariser.alpha
-        )
+        alpha = group_alpha(self.epoch, config.train.epochs, config.regulariser.warmup_epochs, config.regulariser.alpha)
         for images in self.data.train.epoch(self.epoch, start_batch=self.batch):
             widths = self.sampler.draw(self.epoch)
             lr = learning_rate(config.optimizer, self.steps_done, batches, config.train.epochs)

@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# spread^2 = 1 - (mean cosine similarity of two images' embeddings), as long as the dimensions vary alike: at 0.5 the
-# similarity of two arbitrary images is 0.75, so that three quarters of every embedding's energy say nothing of its
-# image. Healthy runs stay above 0.9, see the README's table.
-COLLAPSED_SPREAD = 0.5
+# Two kinds of collapse. To a point: spread^2 = 1 - (mean cosine similarity of two images' embeddings), as long as the
+# dimensions vary alike, so that at 0.5 two arbitrary images have a similarity of 0.75. To a line: an effective rank
+# below 2, however large the spread. Healthy runs stay far from both: on 14x14 images, US3L ends at 0.97 and 7.
+COLLAPSED_SPREAD, COLLAPSED_RANK = 0.5, 2.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class WidthReading:
     loss: float
     spread: float  # std * sqrt(d) of the normalised embeddings: 1 fills the sphere, 0 is one point
     effective_rank: float
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the embeddings hardly tell one image from another any more."""
+        return self.spread < COLLAPSED_SPREAD or self.effective_rank < COLLAPSED_RANK
 
 
 class Monitor:
@@ -59,6 +64,7 @@ class Monitor:
             TextColumn("{task.fields[status]}"),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(
             "", total=epochs * batches, completed=step, epoch=f"{step // batches + 1}/{epochs}", status=""
@@ -108,12 +114,12 @@ class Monitor:
             values = {"loss": reading.loss, "spread": reading.spread, "effective_rank": reading.effective_rank}
             self.scalars(step, {f"{key}/width_{name}": value for key, value in values.items()})
             # Before the first epoch is over, embeddings lie close together because nothing has been learnt yet.
-            if reading.spread < COLLAPSED_SPREAD and step > self._batches and name not in self._collapsed:
+            if reading.collapsed and step > self._batches and name not in self._collapsed:
                 self._collapsed.add(name)
                 self.warn(
                     f"the embeddings of width {reading.width:.3g} have collapsed (step {step}): their spread is "
-                    f"{reading.spread:.2f} (healthy: 0.9 to 1), their effective rank {reading.effective_rank:.1f}. "
-                    "All images look alike to this sub-network; see the three guidelines in us3l.methods"
+                    f"{reading.spread:.2f} (1 fills the sphere), their effective rank {reading.effective_rank:.1f}. "
+                    "Images look alike to this sub-network; see GUIDELINES in us3l.methods"
                 )
 
     def epoch_done(self, epoch: int, readings: Sequence[WidthReading]) -> None:

@@ -1,0 +1,301 @@
+"""The command line: `us3l <command>`. Nothing heavy is imported before a command runs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from us3l.errors import ConfigError, US3LError
+
+if TYPE_CHECKING:
+    from us3l.config import Config
+    from us3l.evaluation import SGDProtocol
+
+app = typer.Typer(
+    help="Universally slimmable self-supervised learning: one run, one set of weights, a network for every width.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+class Probe(str, Enum):
+    """How features are judged."""
+
+    knn = "knn"
+    linear = "linear"
+
+
+class Protocol(str, Enum):
+    """How the linear classifier is trained."""
+
+    auto = "auto"
+    lbfgs = "lbfgs"
+    cifar = "cifar"
+    imagenet = "imagenet"
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. train.epochs=20.", show_default=False)
+]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint of `us3l pretrain`.")]
+Widths = Annotated[str, typer.Option(help="Widths in (0, 1], separated by commas.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]
+
+
+@app.command()
+def pretrain(
+    overrides: Overrides = None,
+    config: Annotated[str | None, typer.Option(help="A YAML file, or the name of a recipe.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="A checkpoint; or `auto`: the newest one of checkpoint.dir, if any.")
+    ] = None,
+) -> None:
+    """Pre-train a slimmable network. Under torchrun, on several devices.
+
+    With --resume PATH and without --config, the configuration is that of the checkpoint.
+    """
+    from us3l import checkpoint as checkpoints
+    from us3l import config as configs
+    from us3l.distributed import launched
+    from us3l.engine import Trainer, resolve_device
+
+    if config is None and resume is not None and resume != "auto":
+        loaded = configs.from_dict(checkpoints.load(resume)["config"], overrides or ())
+    else:
+        loaded = configs.load(config, overrides or ())
+    with launched(resolve_device(loaded.train.device).type) as world:
+        if world.is_main:
+            console.print(escape(configs.to_yaml(loaded)), highlight=False)
+        trainer = Trainer(loaded, world=world, console=console)
+        if resume is not None:
+            trainer.resume(resume)
+        try:
+            trainer.fit()
+        except KeyboardInterrupt:
+            raise typer.Exit(128 + signal.SIGINT) from None
+
+
+@app.command()
+def evaluate(
+    probe: Annotated[Probe, typer.Argument(help="Nearest neighbours, or a linear classifier.")],
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    widths: Widths = "1.0,0.75,0.5,0.25",
+    protocol: Annotated[
+        Protocol,
+        typer.Option(help="Of the linear classifier. auto: the data's published one (SGD); L-BFGS for small data."),
+    ] = Protocol.auto,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot accuracy against MACs into this PNG.")] = None,
+) -> None:
+    """Accuracy of sub-networks on frozen features, calibrated where the checkpoint holds no statistics."""
+    from us3l import report
+    from us3l.evaluation import evaluate as evaluate_widths
+
+    wanted = _parse_widths(widths)
+    config, method, data = _open(checkpoint, overrides)
+    with console.status("") as status:
+        rows = evaluate_widths(
+            method.encoder_q,
+            data,
+            wanted,
+            probe.value,
+            protocol=_protocol(protocol, config) if probe is Probe.linear else None,
+            on_width=lambda row: status.update(f"width {row['width']}: {row['accuracy']:.2f} %"),
+        )
+    console.print(report.evaluation_table(rows, title=f"{checkpoint}: {probe.value} accuracy on {config.data.name}"))
+    if json is not None:
+        report.write_json(json, {"checkpoint": str(checkpoint), "probe": probe.value, "rows": rows})
+    if plot is not None:
+        report.plot_accuracy({probe.value: rows}, plot)
+        console.print(f"Plotted to {plot}")
+
+
+@app.command()
+def calibrate(checkpoint: Checkpoint, overrides: Overrides = None, widths: Widths = "1.0,0.75,0.5,0.25") -> None:
+    """Take the batch-norm statistics of sub-networks on the training data, and store them in the checkpoint."""
+    from us3l import checkpoint as checkpoints
+    from us3l.evaluation import calibrate as calibrate_width
+    from us3l_kernels.nn.calibration import statistics
+
+    wanted = _parse_widths(widths)
+    _, method, data = _open(checkpoint, overrides)
+    for width in wanted:
+        with console.status(f"calibrating width {width}"):
+            calibrate_width(method.encoder_q, data.train_eval, width)
+    table = statistics(method.encoder_q)
+    checkpoints.save(checkpoint, {**checkpoints.load(checkpoint), "statistics": table})
+    console.print(f"{checkpoint} holds the statistics of the widths {', '.join(table)}")
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="E.g. resnet18, resnet50, mobilenet_v2.")],
+    widths: Widths = "1.0,0.75,0.5,0.25",
+    size: Annotated[int, typer.Option("--input", min=1, help="Side of the images, pixels.")] = 224,
+    stem: Annotated[str, typer.Option(help="imagenet, cifar or small.")] = "imagenet",
+    classes: Annotated[int, typer.Option(min=1, help="Outputs of the classifier.")] = 1000,
+    json: Json = None,
+) -> None:
+    """Parameters and multiply-accumulates of a model's sub-networks, with the classifier."""
+    import torch
+    from rich.table import Table
+
+    from us3l import report
+    from us3l.models import build_model
+    from us3l.profile import profile as profile_widths
+
+    wanted = _parse_widths(widths)
+    try:
+        with torch.device("meta"):
+            network = build_model(model, stem=stem, num_classes=classes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    rows = profile_widths(network, (3, size, size), wanted)
+    table = Table("width", "params (M)", "MACs (M)", title=f"{model}, {stem} stem, {size} px, {classes} classes")
+    for row in rows:
+        table.add_row(f"{row.width}", f"{row.params / 1e6:.2f}", f"{row.macs / 1e6:.0f}")
+    console.print(table)
+    if json is not None:
+        values = [{"width": row.width, "params": row.params, "macs": row.macs} for row in rows]
+        report.write_json(json, {"model": model, "input": size, "stem": stem, "classes": classes, "rows": values})
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine and this installation offer, what is missing, and why."""
+    from us3l_kernels import doctor as examination
+
+    console.print(examination.report())
+
+
+@app.command()
+def parity(
+    file: Annotated[Path, typer.Argument(help="Numbers of the published algorithm (JSON).")],
+    backend: Annotated[str | None, typer.Option(help="Of the sliced operations; default: automatic.")] = None,
+    dtype: Annotated[str, typer.Option(help="float64, or float32 (first iteration only).")] = "float64",
+    tol_first: Annotated[
+        float | None, typer.Option(help="Largest error in the first iteration; default: the dtype's.", min=0)
+    ] = None,
+    tol_later: Annotated[float, typer.Option(help="Largest error later on.", min=0)] = 1e-5,
+) -> None:
+    """Repeat the published algorithm's first steps and compare; exit status 1 above a tolerance."""
+    from us3l.parity import run_parity
+
+    try:
+        result = run_parity(file, backend, dtype, tol_first, tol_later)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    result.print(console)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    what: Annotated[str, typer.Argument(help="table1: the paper's Table 1.")],
+    scale: Annotated[str, typer.Option(help="mini: 14x14 images, half a minute a run.")] = "mini",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0 on.")] = 3,
+    json: Annotated[Path, typer.Option("--json", help="Write the numbers to this file.")] = Path(
+        "runs/table1_mini.json"
+    ),
+) -> None:
+    """Train every row of a table of the paper at a small scale, and check its claims; exit status 1 if one fails."""
+    from us3l.reproduce import reproduce_table1
+
+    if what != "table1":
+        raise ConfigError(f"reproduce: expected table1, got {what!r}")
+    try:
+        result = reproduce_table1(scale, seeds, json, console=console)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if not result["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo() -> None:
+    """One US3L network against four individually trained ones, on real images, in a few minutes."""
+    from us3l.reproduce import demo as run_demo
+
+    run_demo(console=console)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure speed beside plain PyTorch (in a source checkout): `us3l bench step --help`."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "benchmarks" / "cli.py").is_file():
+        raise US3LError(
+            f"`us3l bench` needs a source checkout: there is no benchmarks folder beside the package in {checkout}"
+        )
+    sys.path.insert(0, str(checkout))
+    importlib.import_module("benchmarks.cli").main(context.args)
+
+
+def main() -> None:
+    """Entry point of the console script. A user's error is one message and exit status 2."""
+    warnings.showwarning = _show_warning
+    try:
+        app(prog_name="us3l")
+    except US3LError as error:
+        errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+) -> None:
+    """Warnings for people: no source line. Those of other kinds than UserWarning are for developers, and say where."""
+    where = "" if category is UserWarning else f" ({category.__name__} at {filename}:{lineno})"
+    errors.print(f"[bold yellow]Warning:[/] {escape(str(message))}{escape(where)}", soft_wrap=True, highlight=False)
+
+
+def _parse_widths(text: str) -> list[float]:
+    try:
+        widths = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--widths: expected numbers separated by commas, got {text!r}") from None
+    if not all(0 < width <= 1 for width in widths):
+        raise ConfigError(f"--widths: expected widths in (0, 1], got {text!r}")
+    return widths
+
+
+def _open(path: Path, overrides: list[str] | None) -> tuple[Config, Any, Any]:
+    """Configuration, method (on the configured device, calibrated as stored) and data of a checkpoint.
+
+    Overrides may change where things are and run (`data.*`, `train.device`, ...), but not the network.
+    """
+    from us3l import checkpoint as checkpoints
+    from us3l import config as configs
+    from us3l.data import make_data
+    from us3l.engine import resolve_device
+
+    saved = checkpoints.load(path)
+    config = configs.from_dict(saved["config"], overrides or ())
+    for key, _, _ in configs.differences(saved["config"], configs.to_dict(config)):
+        if not key.startswith(("data.", "train.")):
+            raise ConfigError(f"{key} is part of the trained network in {path} and cannot be changed")
+    device = resolve_device(config.train.device)
+    method = checkpoints.restore(saved).to(device)
+    return config, method, make_data(config.data, config.train.seed, device=device)
+
+
+def _protocol(protocol: Protocol, config: Config) -> SGDProtocol | None:
+    from us3l.evaluation import CIFAR_PROTOCOL, IMAGENET_PROTOCOL
+
+    published = {"cifar10": "cifar", "cifar100": "cifar", "image_folder": "imagenet"}
+    name = published.get(config.data.name, "lbfgs") if protocol is Protocol.auto else protocol.value
+    return {"lbfgs": None, "cifar": CIFAR_PROTOCOL, "imagenet": IMAGENET_PROTOCOL}[name]
