@@ -1,7 +1,7 @@
 """Which widths are trained in an iteration: the samplers of universally slimmable networks and of US3L.
 
-A sampler owns its random generator, and nothing else draws from it: ranks that build it from the same seed draw the
-same widths without talking to each other, and a resumed run continues the sequence.
+A sampler owns its random generator, and nothing else draws from it: ranks that build it from the same seed
+draw the same widths without talking to each other, and a resumed run continues the sequence.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class WidthSampler:
 
 
 class FixedSampler(WidthSampler):
-    """The same list every time (Yu et al., 2019, "Slimmable neural networks"); one entry trains a network alone."""
+    """The same list every time (slimmable networks, Yu et al., 2019); one entry trains a network alone."""
 
     def __init__(self, widths: Sequence[float], seed: int = 0) -> None:
         super().__init__(seed)
@@ -85,7 +85,7 @@ class UniformSampler(WidthSampler):
 
 
 class SandwichSampler(WidthSampler):
-    """The sandwich rule: width 1, the smallest width, and n - 2 uniform draws in between (Yu and Huang, 2019)."""
+    """The sandwich rule (Yu and Huang, 2019): width 1, the smallest width, and n - 2 uniform draws between."""
 
     def __init__(self, n: int, min_width: float, seed: int = 0) -> None:
         super().__init__(seed)
@@ -113,9 +113,9 @@ class DynamicSampler(SandwichSampler):
     """Dynamic sampling of US3L: the sandwich rule over a range that opens downwards in four phases.
 
     Phase 1 trains the full width alone; in phase q = 2, 3, 4 the smallest width is
-    min_width + (4 - q) / 3 * (1 - min_width). With E >= 4 epochs, epoch e (from 0) is in phase floor(4 e / E) + 1:
-    quarters, equal where E is a multiple of 4. A shorter run has its E last phases, one an epoch, so that
-    every run ends with the whole range.
+    min_width + (4 - q) / 3 * (1 - min_width). With E >= 4 epochs, epoch e (from 0) is in phase
+    floor(4 e / E) + 1: quarters, equal where E is a multiple of 4. A shorter run has the last E phases, one
+    an epoch, so that every run ends with the whole range.
     """
 
     def __init__(self, n: int, min_width: float, epochs: int, seed: int = 0) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from us3l.losses import cross_view, info_nce, negative_cosine
 
 

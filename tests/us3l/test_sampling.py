@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from us3l.config import SamplerConfig
 from us3l.sampling import (
     DynamicSampler,
@@ -57,9 +58,7 @@ def test_dynamic_has_four_equal_phases(epochs: int) -> None:
     assert sampler.average_widths(epochs) == 2.5
 
 
-@pytest.mark.parametrize(
-    ("epochs", "phases"), [(1, [4]), (2, [3, 4]), (3, [2, 3, 4]), (6, [1, 1, 2, 3, 3, 4])]
-)
+@pytest.mark.parametrize(("epochs", "phases"), [(1, [4]), (2, [3, 4]), (3, [2, 3, 4]), (6, [1, 1, 2, 3, 3, 4])])
 def test_dynamic_phases_of_other_lengths(epochs: int, phases: list[int]) -> None:
     sampler = DynamicSampler(3, 0.25, epochs)
     assert [sampler.phase(epoch) for epoch in range(epochs)] == phases

@@ -1,0 +1,47 @@
+"""The group regularisation of US3L over a run, and which parameters it acts on in a step.
+
+The paper adds sum_g lambda_g ||p_g||^2 to every loss, with lambda_g = lambda (1 - alpha_t g) for the groups
+g = 0..G-1 of output channels. Its gradient is a weight decay per row, so here it lives in the optimizer
+(`us3l_kernels.optim`): weight_decay = 2 lambda, with the options `alpha` and `groups`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from us3l.methods.base import Method
+
+
+def group_alpha(epoch: int, epochs: int, warmup_epochs: int, alpha: float) -> float:
+    """alpha_t of an epoch (from 0): 0 in the warm-up, then linear, up to `alpha` at half of the epochs."""
+    if epoch < warmup_epochs:
+        return 0.0
+    half = epochs // 2
+    if epoch >= half:
+        return alpha
+    return alpha * (epoch - warmup_epochs) / (half - warmup_epochs)
+
+
+def parameter_groups(method: Method) -> list[dict[str, Any]]:
+    """Groups for the optimizer: "encoder" (with its projector) and, where there are any, "predictor" heads."""
+    groups = [{"name": "encoder", "params": list(method.encoder_q.parameters())}]
+    predictors = [p for head in (method.predictor, method.aux_predictor) if head for p in head.parameters()]
+    if predictors:
+        groups.append({"name": "predictor", "params": predictors})
+    return groups
+
+
+def set_group_regularisation(optimizer: Optimizer, *, weight_decay: float, alpha: float, predictors: bool) -> None:
+    """Set the decay of the next step. `optimizer` was made from `parameter_groups`; weight_decay is 2 lambda.
+
+    The regulariser is a term of the loss: it reaches a parameter that the network's own loss does not
+    (`decay_without_grad`). The published code leaves the prediction heads out of it in the steps of width
+    1.0, `predictors=False`. A joint step, which has no counterpart there, regularises everything once.
+    """
+    for group in optimizer.param_groups:
+        regularised = predictors or group["name"] != "predictor"
+        group["weight_decay"] = weight_decay if regularised else 0.0
+        group["alpha"] = alpha
+        group["decay_without_grad"] = regularised
