@@ -3,8 +3,9 @@
     python setup.py build_ext --inplace                     # what `make build` does
     pip install --no-build-isolation -e .                   # the same, installed
 
-`us3l_kernels._C` is the CPU library, `us3l_kernels._C_cuda` the CUDA one. Both face torch through LibTorch's stable ABI:
-one binary runs with every torch from 2.10 on. Never build in pip's isolated environment: it would download a torch of its own.
+`us3l_kernels._C` is the CPU library, `us3l_kernels._C_cuda` the CUDA one. Both face torch through LibTorch's stable
+ABI: one binary runs with every torch from 2.10 on. Never build in pip's isolated environment: it would download a
+torch of its own.
 
 The environment variables US3L_NATIVE, US3L_CUDA and US3L_ABI3 are described in docs/environment.md.
 """
@@ -75,14 +76,18 @@ def find_toolkit(torch_cuda: str | None) -> tuple[Path | None, str]:
     return None, f"torch is built with CUDA {torch_cuda}, and there is no nvcc of that major version ({found})"
 
 
+def files(folder: str, *suffixes: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).iterdir() if p.suffix in suffixes)
+
+
 def compiler_version() -> str:
     command = [*os.environ.get("CXX", "c++").split(), "--version"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError) as error:
         sys.exit(
-            f"us3l: no C++ compiler: `{' '.join(command)}` failed ({error}). Install g++ or clang, or set US3L_NATIVE=0 "
-            "to go without the compiled kernels"
+            f"us3l: no C++ compiler: `{' '.join(command)}` failed ({error}). Install g++ or clang, or set "
+            "US3L_NATIVE=0 to go without the compiled kernels"
         )
     return lines[0]
 
@@ -109,9 +114,9 @@ def extensions() -> dict[str, object]:
         os.environ["CUDA_HOME"] = str(home)  # read when cpp_extension is imported
     from torch.utils import cpp_extension
 
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp") if p.parent.name != "cuda")
-    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").iterdir() if p.suffix in (".cu", ".cpp"))
-    headers = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh")]
+    sources = files("csrc", ".cpp") + files("csrc/cpu", ".cpp")
+    cuda_sources = files("csrc/cuda", ".cpp", ".cu")
+    headers = [name for folder in ("csrc", "csrc/cpu", "csrc/cuda") for name in files(folder, ".h", ".cuh")]
 
     info = {
         "US3L_COMPILER": compiler_version(),
@@ -139,7 +144,8 @@ def extensions() -> dict[str, object]:
     ]
     if home is not None:
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
-            os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"  # without a GPU to ask, cpp_extension would fail
+            # cpp_extension asks the GPU, and fails where there is none.
+            os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"
         cuda = cpp_extension.CUDAExtension(
             f"{PACKAGE}._C_cuda",
             cuda_sources,
@@ -150,10 +156,10 @@ def extensions() -> dict[str, object]:
         # A toolkit may come without the runtime's import library; torch's own wheel has the library itself.
         wheel = Path(torch.__file__).parents[1] / "nvidia" / f"cu{torch.version.cuda.split('.')[0]}"
         cuda.include_dirs.append(str(wheel / "include"))  # after the toolkit's own
-        if not any((Path(d) / "libcudart.so").exists() for d in cuda.library_dirs):
-            if runtime := sorted((wheel / "lib").glob("libcudart.so.*")):
-                cuda.libraries.remove("cudart")
-                cuda.extra_link_args.append(str(runtime[0]))
+        runtime = sorted((wheel / "lib").glob("libcudart.so.*"))
+        if runtime and not any((Path(d) / "libcudart.so").exists() for d in cuda.library_dirs):
+            cuda.libraries.remove("cudart")
+            cuda.extra_link_args.append(str(runtime[0]))
         modules.append(cuda)
 
     class BuildExtension(cpp_extension.BuildExtension):

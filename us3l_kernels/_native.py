@@ -35,12 +35,12 @@ def load_cuda() -> ModuleType | None:
 
 def build_info() -> dict[str, Any]:
     """Compiler, flags, torch version and CUDA of the build; empty without the library or in a US3L_ABI3 build."""
-    return dict(_C.build_info()) if hasattr(_C, "build_info") else {}
+    return dict(_C.build_info()) if _C is not None and hasattr(_C, "build_info") else {}
 
 
 def cpu_features() -> dict[str, bool]:
     """What this CPU offers of what the kernels can use; empty where `build_info` is."""
-    return dict(_C.cpu_features()) if hasattr(_C, "cpu_features") else {}
+    return dict(_C.cpu_features()) if _C is not None and hasattr(_C, "cpu_features") else {}
 
 
 def isa() -> str | None:
@@ -48,4 +48,4 @@ def isa() -> str | None:
 
     Raises RuntimeError if US3L_ISA names one that does not exist or that this CPU does not have.
     """
-    return str(_C.isa()) if hasattr(_C, "isa") else None
+    return str(_C.isa()) if _C is not None and hasattr(_C, "isa") else None
