@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import torch
+
+from us3l_kernels import doctor, functional
+from us3l_kernels.backends import BACKENDS
+
+
+def test_report_names_every_backend_and_why_not():
+    findings = {f.subject: f for f in doctor.report()}
+    for name, backend in BACKENDS.items():
+        assert findings[f"backend {name}"].ok == (backend.unavailable() is None)
+    assert "conv2d (cpu: float64, float32, bfloat16, float16)" in findings["backend aten"].detail
+    assert (
+        findings["torch"].detail == torch.__version__.partition("+")[0] or findings["torch"].detail == torch.__version__
+    )
+    assert findings["GPU"].ok == torch.cuda.is_available()
+
+
+def test_a_missing_library_is_said(monkeypatch):
+    monkeypatch.setattr(doctor._native, "_C", None)
+    monkeypatch.setattr(doctor._native, "why", "undefined symbol: aoti_torch_xyz")
+    findings = {f.subject: f for f in doctor.report()}
+    assert not findings["native library (csrc/cpu)"].ok
+    assert "undefined symbol: aoti_torch_xyz" in findings["native library (csrc/cpu)"].detail
+
+
+def test_auto_logs_who_declined(caplog):
+    with caplog.at_level(logging.DEBUG, logger="us3l_kernels"):
+        functional.batch_norm(torch.randn(4, 3).double(), None, None, training=True)
+    assert any("not on native" in r.getMessage() and "float64" in r.getMessage() for r in caplog.records)
+
+
+def test_backend_from_the_environment():
+    code = "import torch; from us3l_kernels import functional as f; f.linear(torch.zeros(2, 3), torch.zeros(4, 3))"
+    run = lambda spec: subprocess.run(  # noqa: E731
+        [sys.executable, "-c", code], env={**os.environ, "US3L_BACKEND": spec}, capture_output=True, text=True
+    )
+    assert run("linear=reference").returncode == 0
+    failed = run("cudnn")
+    assert failed.returncode != 0 and "expected one of ['auto', 'native', 'aten', 'reference']" in failed.stderr
