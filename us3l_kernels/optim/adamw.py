@@ -20,8 +20,8 @@ class AdamW(GroupDecayOptimizer):
     Before the Adam update every row is multiplied by 1 - lr * weight_decay * (1 - alpha * g), where
     g = 0 .. groups - 1 is the group of the row: a group is max(1, rows // groups) rows, and the last one also
     takes what is left over. Rows are the output channels (first dimension) of 4-D parameters and the elements
-    of 1-D ones; others decay as group 0. The decay is decoupled (Loshchilov and Hutter, ICLR 2019): unlike the
-    regulariser in the loss, it does not pass through the moments. With alpha = 0 the result is that of
+    of 1-D ones; others decay as group 0. The decay is decoupled (Loshchilov and Hutter, ICLR 2019): unlike
+    the regulariser in the loss, it does not pass through the moments. With alpha = 0 the result is that of
     torch.optim.AdamW(foreach=True), bit for bit.
 
     A parameter takes part in a step if it has a gradient: `.grad` is not None and, where it is attached

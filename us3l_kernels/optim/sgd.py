@@ -19,8 +19,8 @@ class SGD(GroupDecayOptimizer):
 
     The gradient of every row gains weight_decay * (1 - alpha * g) * row, where g = 0 .. groups - 1 is the
     group of the row: a group is max(1, rows // groups) rows, and the last one also takes what is left over.
-    Rows are the output channels (first dimension) of 4-D parameters and the elements of 1-D ones; others decay
-    as group 0. This is exactly the gradient of sum_g lambda (1 - alpha g) ||p_g||^2 in the loss, with
+    Rows are the output channels (first dimension) of 4-D parameters and the elements of 1-D ones; others
+    decay as group 0. This is exactly the gradient of sum_g lambda (1 - alpha g) ||p_g||^2 in the loss, with
     lambda = weight_decay / 2 (Cao, Sun and Zhou, CVPR 2023). Momentum is that of torch.optim.SGD without
     dampening, and with alpha = 0 the result is that of torch.optim.SGD(foreach=True), bit for bit.
 
