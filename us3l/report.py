@@ -43,8 +43,7 @@ def quantity(number: float) -> str:
     """A count with three digits and a unit: 11.2M, 555M, 1.81G."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * scale:
-            scaled = number / scale
-            return f"{scaled:.{max(0, 2 - len(str(int(scaled))) + 1)}f}{unit}"
+            return f"{number / scale:#.3g}".rstrip(".") + unit
     return f"{number:.0f}"
 
 
@@ -54,15 +53,11 @@ def evaluation_table(rows: Sequence[Row], *, title: str) -> Table:
     for name in ("width", "accuracy %", "MACs", "params"):
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(
-            str(row["width"]), f"{row['accuracy']:.2f}", quantity(row["macs"]), quantity(row["params"])
-        )
+        table.add_row(str(row["width"]), f"{row['accuracy']:.2f}", quantity(row["macs"]), quantity(row["params"]))
     return table
 
 
-def plot_accuracy(
-    series: Mapping[str, Sequence[Row]], path: str | Path, *, x: str = "macs", title: str = ""
-) -> Path:
+def plot_accuracy(series: Mapping[str, Sequence[Row]], path: str | Path, *, x: str = "macs", title: str = "") -> Path:
     """Write a PNG of accuracy against `x`, one line per entry of `series` (name -> rows); return its path.
 
     Rows that carry a `deviation` (of the accuracy, over seeds) get error bars.

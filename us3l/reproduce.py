@@ -118,9 +118,7 @@ def run_cell(cell: Cell, on_epoch: Callable[[int], None]) -> dict[str, Any]:
     trainer = _ReportingTrainer(config, on_epoch)
     if cell.row != "random":
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".*violates all three guidelines"
-            )  # that is their point
+            warnings.filterwarnings("ignore", message=".*violates all three guidelines")  # that is their point
             trainer.fit()
     method, data = trainer.method, trainer.data
     widths = WIDTHS if cell.width is None else (cell.width,)
@@ -187,9 +185,7 @@ def _kept(cell: Cell, folder: Path) -> dict[str, Any] | None:
     return result if result["config"] == _comparable(cell.config()) else None
 
 
-def _run_parallel(
-    todo: Sequence[Cell], console: Console, processes: int
-) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def _run_parallel(todo: Sequence[Cell], console: Console, processes: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Run the cells in `processes` processes; yields each as it is done."""
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     queue: Any = context.Queue()
@@ -442,9 +438,7 @@ def demo(
     return report
 
 
-def _report(
-    todo: Sequence[Cell], out: Path, console: Console, processes: int | None, scale: str
-) -> dict[str, Any]:
+def _report(todo: Sequence[Cell], out: Path, console: Console, processes: int | None, scale: str) -> dict[str, Any]:
     results = run_cells(todo, out.with_suffix(""), console, processes=processes)
     thresholds = check_thresholds(results)
     report = {

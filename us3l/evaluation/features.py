@@ -14,9 +14,7 @@ def backbone(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The map from images [N, C, H, W] to pooled features [N, active channels], without the head."""
     network = getattr(model, "forward_features", None)
     if network is None:
-        raise TypeError(
-            f"model: expected a backbone with forward_features (us3l.models), got {type(model).__name__}"
-        )
+        raise TypeError(f"model: expected a backbone with forward_features (us3l.models), got {type(model).__name__}")
     return network
 
 
@@ -25,9 +23,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def features(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], width: Width
-) -> tuple[Tensor, Tensor]:
+def features(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], width: Width) -> tuple[Tensor, Tensor]:
     """Pooled features of a calibrated width over a whole data set.
 
     Args:

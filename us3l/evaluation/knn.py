@@ -40,8 +40,7 @@ def knn_accuracy(
     shapes = tuple(train_features.shape), tuple(test_features.shape)
     if [len(shape) for shape in shapes] != [2, 2] or shapes[0][1] != shapes[1][1]:
         raise ValueError(
-            "knn_accuracy: expected train_features [n, d] and test_features [m, d], got "
-            f"{shapes[0]} and {shapes[1]}"
+            f"knn_accuracy: expected train_features [n, d] and test_features [m, d], got {shapes[0]} and {shapes[1]}"
         )
     if len(train_labels) != n or len(test_labels) != len(test_features):
         raise ValueError(
