@@ -53,10 +53,10 @@ class Moments:
         self.m2 = self.m2 + batch_var.double() * n + difference.square() * (self.count * n / total)
         self.count = total
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean [C] and biased variance [C], float32 (float64 for float64 batches)."""
+    def statistics(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """Mean [C] and biased variance [C]; dtype None is float32 (float64 for float64 batches)."""
         assert isinstance(self.mean, Tensor) and isinstance(self.m2, Tensor)
-        return self.mean.to(self.dtype), (self.m2 / self.count).to(self.dtype)
+        return self.mean.to(dtype or self.dtype), (self.m2 / self.count).to(dtype or self.dtype)
 
 
 def _norms(model: nn.Module) -> dict[str, SlicedBatchNorm]:
@@ -64,6 +64,12 @@ def _norms(model: nn.Module) -> dict[str, SlicedBatchNorm]:
     if not norms:
         raise ValueError(f"model: expected a module with sliced batch norms, {type(model).__name__} has none")
     return norms
+
+
+def _dtype_and_device(norm: SlicedBatchNorm) -> tuple[torch.dtype | None, torch.device | None]:
+    """Those of the norm's vectors, which its statistics share; None, None for a norm that has none."""
+    vectors = [*norm.parameters(), *norm.buffers()]
+    return (vectors[0].dtype, vectors[0].device) if vectors else (None, None)
 
 
 @contextmanager
@@ -94,7 +100,8 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             "calibrating: no forward reached a batch norm; run training data through the model"
         )
     for norm, by_width in taken:
-        norm.calibrated |= {key: moments.statistics() for key, moments in by_width.items()}
+        dtype, _ = _dtype_and_device(norm)
+        norm.calibrated |= {key: moments.statistics(dtype) for key, moments in by_width.items()}
 
 
 def statistics(model: nn.Module) -> Statistics:
@@ -112,7 +119,7 @@ def statistics(model: nn.Module) -> Statistics:
 def load_statistics(model: nn.Module, table: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
     """Replace the calibrated statistics of `model` by those of `statistics`, after its weights are loaded.
 
-    The tensors are copied to the device of each norm. Raises ValueError, and changes nothing, for a name that
+    The tensors are copied, to the device and dtype of each norm. Raises ValueError, and changes nothing, for a name that
     is no sliced batch norm of the model or for statistics of more channels than it has.
     """
     norms = _norms(model)
@@ -129,10 +136,10 @@ def load_statistics(model: nn.Module, table: Mapping[str, Mapping[str, tuple[Ten
                     f"got shapes {tuple(mean.shape)} and {tuple(var.shape)}"
                 )
     for name, norm in norms.items():
-        tensors = [*norm.parameters(), *norm.buffers()]
-        device = tensors[0].device if tensors else None
+        dtype, device = _dtype_and_device(norm)
         norm.calibrated = {
-            key: (entries[name][0].to(device, copy=True), entries[name][1].to(device, copy=True))
+            key: (mean.to(device, dtype, copy=True), var.to(device, dtype, copy=True))
             for key, entries in table.items()
             if name in entries
+            for mean, var in [entries[name]]
         }
