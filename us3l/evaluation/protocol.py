@@ -6,8 +6,6 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
-
 from us3l.evaluation.calibration import calibrate
 from us3l.evaluation.features import device_of, features
 from us3l.evaluation.knn import knn_accuracy
@@ -19,12 +17,13 @@ from us3l_kernels.width import Width, width_key
 
 if TYPE_CHECKING:
     from us3l.data.base import Data
+    from us3l.models import Backbone
 
 Probe = Literal["linear", "knn"]
 
 
 def evaluate(
-    model: nn.Module,
+    model: Backbone,
     data: Data,
     widths: Sequence[Width],
     probe: Probe = "linear",
@@ -35,7 +34,7 @@ def evaluate(
     """Calibrate (where that was not done yet) and evaluate a backbone at every width.
 
     Args:
-        model: a backbone (`us3l.models`); its head is ignored.
+        model: its head (the projector, after pre-training) is ignored.
         widths: widths in (0, 1], or plans, in the order of the result.
         probe: "linear", a linear classifier on frozen features; "knn", a weighted 20-nearest-neighbour vote.
         protocol: how the linear classifier is trained: None, to its optimum by L-BFGS on un-augmented
@@ -73,7 +72,7 @@ def evaluate(
     return rows
 
 
-def _costs(model: nn.Module, data: Data, widths: Sequence[Width]) -> list[ProfileRow]:
+def _costs(model: Backbone, data: Data, widths: Sequence[Width]) -> list[ProfileRow]:
     """Cost of the classifiers: the projector that a pre-trained model has as `fc` gives way to one layer."""
     classifier = copy.deepcopy(model)
     classifier.fc = SlicedLinear(model.feature_dim, data.num_classes, slice_out=False)
