@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from us3l_kernels.version import __version__
 from us3l.config import from_dict
 from us3l.errors import CheckpointError
 from us3l.methods import Method, build_method
 from us3l_kernels.nn.calibration import load_statistics
+from us3l_kernels.version import __version__
 
 FORMAT = 1
 _KEYS = {
@@ -75,7 +75,8 @@ def load(path: str | Path) -> Checkpoint:
             raise zipfile.BadZipFile(f"wrong checksum of {broken}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # broken bytes make the readers raise all kinds of exceptions
-        raise CheckpointError(f"{path} is not a readable checkpoint (torn, corrupt or foreign): {error}") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path} is not a readable checkpoint (torn, corrupt or foreign). {reason}") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint of us3l: expected a dict with the key 'format'")
     if checkpoint["format"] != FORMAT:
@@ -171,7 +172,7 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "backends": [name for name, backend in BACKENDS.items() if backend.unavailable() is None],
         "requested": {name: os.environ.get(name, "auto") for name in ("US3L_BACKEND", "US3L_ISA")},
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "us3l": __version__,
         "python": platform.python_version(),
     }

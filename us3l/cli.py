@@ -115,7 +115,7 @@ def evaluate(
             protocol=_protocol(protocol, config) if probe is Probe.linear else None,
             on_width=lambda row: status.update(f"width {row['width']}: {row['accuracy']:.2f} %"),
         )
-    console.print(report.evaluation_table(rows, title=f"{checkpoint}: {probe.value} accuracy on {config.data.name}"))
+    console.print(report.evaluation_table(rows, title=f"{probe.value}, {config.data.name}"))
     if json is not None:
         report.write_json(json, {"checkpoint": str(checkpoint), "probe": probe.value, "rows": rows})
     if plot is not None:
@@ -176,9 +176,14 @@ def profile(
 @app.command()
 def doctor() -> None:
     """What this machine and this installation offer, what is missing, and why."""
-    from us3l_kernels import doctor as examination
+    from rich.table import Table
 
-    console.print(examination.report())
+    from us3l_kernels.doctor import report
+
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for finding in report():
+        table.add_row("[green]ok[/]" if finding.ok else "[yellow]no[/]", finding.subject, escape(finding.detail))
+    console.print(table)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
@@ -318,15 +318,7 @@ def _read(name_or_file: str) -> tuple[str, Any]:
 def _build(layers: list[tuple[str, Any]]) -> Config:
     merged = OmegaConf.structured(Config)
     for source, layer in layers:
-        _require(OmegaConf.is_dict(layer), source, "sections of keys and values", OmegaConf.to_container(layer))
-        for name, section in layer.items():
-            if name in merged:
-                _require(
-                    OmegaConf.is_dict(section),
-                    f"{source}: {name}",
-                    "a section of keys, e.g. train.epochs=20",
-                    section,
-                )
+        _check_sections(source, layer)
         try:
             merged = OmegaConf.merge(merged, layer)
         except ConfigKeyError as error:
@@ -341,18 +333,29 @@ def _build(layers: list[tuple[str, Any]]) -> Config:
     return config
 
 
+def _check_sections(source: str, layer: Any) -> None:
+    """What OmegaConf lets pass, or reports without a key: values for sections, and 7 for True."""
+    _require(OmegaConf.is_dict(layer), source, "sections of keys and values", OmegaConf.to_container(layer))
+    for name, section in layer.items():
+        if not hasattr(Config(), name):
+            continue  # merging reports unknown keys
+        _require(OmegaConf.is_dict(section), f"{source}: {name}", "a section of keys, e.g. train.epochs=20", section)
+        hints = get_type_hints(type(getattr(Config(), name)))
+        for key, value in section.items():
+            if key in hints and isinstance(value, bool) != (hints[key] is bool):
+                raise ConfigError(f"{source}: {name}.{key}: expected {_name(hints[key])}, got {value!r}")
+
+
 def _ill_typed(error: ValidationError, layer: Any) -> str:
-    key = error.full_key or ""
-    section, leaf = Config(), key.split(".")
-    for part in leaf[:-1]:
-        section = getattr(section, part, section)
-    hints = get_type_hints(type(section))
-    name = leaf[-1].partition("[")[0]
-    if name not in hints:
-        return str(error).splitlines()[0]
-    hint = hints[name]
-    expected = hint.__name__ if isinstance(hint, type) else str(hint)
-    return f"{key}: expected {expected}, got {OmegaConf.select(layer, key)!r}"
+    full_key = error.full_key or ""
+    section, _, leaf = full_key.partition(".")
+    hints = get_type_hints(type(getattr(Config(), section, None)))
+    expected = _name(hints.get(leaf.partition("[")[0], "another type"))
+    return f"{full_key}: expected {expected}, got {OmegaConf.select(layer, full_key)!r}"
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def _nearest(key: str) -> str:

@@ -162,7 +162,7 @@ class Trainer:
                 f"got {config.model.in_channels}"
             )
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        self.method = build_method(config).to(device=self.device, memory_format=self.memory_format)
+        self.method = build_method(config).to(self.device).to(memory_format=self.memory_format)
         world.broadcast_(self.method)
         self.sampler = make_sampler(config.sampler, config.train.epochs, config.train.seed)
         self.step = TrainStep(config, self.method, world)
@@ -319,8 +319,8 @@ class Trainer:
         run, unless `train.threads` says another.
 
         Raises:
-            CheckpointError: it cannot be read, its run had another configuration, or the environment has changed so that
-                the result would not be bit-identical (see checkpoint.bit_identical).
+            CheckpointError: it cannot be read, its run had another configuration, or the environment has changed
+                so that the result would not be bit-identical (see checkpoint.bit_identical).
         """
         if path == "auto":
             if self.folder is None:
@@ -341,7 +341,7 @@ class Trainer:
         checkpoints.set_rng_state(state["rng"])
         self.epoch, self.batch, self.best = state["epoch"], state["batch"], state["best"]
         self._resumed = True
-        self.console.print(f"Resuming from {path}: epoch {self.epoch + 1}, batch {self.batch + 1}.")
+        self.console.print(f"Resuming from {path}: {self.epoch} epochs and {self.batch} batches are done.")
         return True
 
     def _check_same_run(self, path: Path, state: checkpoints.Checkpoint) -> None:
