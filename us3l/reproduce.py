@@ -32,12 +32,12 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-import us3l
 from us3l.config import Config, load, to_dict
 from us3l.engine import Trainer
 from us3l.evaluation import effective_rank, evaluate, features, spread
 from us3l.methods import Method
 from us3l.report import plot_accuracy, write_json
+from us3l_kernels.version import __version__
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 SPREAD_IMAGES = 512
@@ -450,7 +450,7 @@ def _report(todo: Sequence[Cell], out: Path, console: Console, processes: int | 
         "paper": {name: row.paper for name, row in ROWS.items() if row.paper},
         "results": results,
         "versions": {
-            "us3l": us3l.__version__,
+            "us3l": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
