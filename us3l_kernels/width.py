@@ -61,8 +61,24 @@ class Sliced:
 
     def set_active(self, width: float, key: str) -> None:
         """Run at `width` from now on, as a part of the network whose width is `key`."""
-        # Not through nn.Module.__setattr__, which takes most of the time of a width change, several times a step.
+        # Not through nn.Module.__setattr__: it would take most of the time of a change of width, and there
+        # are several in a training step.
         vars(self).update(active_width=width, width_key=key)
+
+
+class FixedWidths(Sliced):
+    """A sliced layer that offers the widths of a list and no others."""
+
+    widths: tuple[float, ...]
+
+    def index_of(self, width: float) -> int:
+        """The place of `width` in `widths`; ValueError if it has none."""
+        if width not in self.widths:
+            raise ValueError(f"width: {type(self).__name__} offers {list(self.widths)}, got {width}")
+        return self.widths.index(width)
+
+    def check_width(self, width: float) -> None:
+        self.index_of(width)
 
 
 class SlicedOutput(Sliced):
@@ -171,8 +187,7 @@ def set_width(model: nn.Module, width: Width) -> None:
     to mix widths in it, use a plan, rather than one call for each part.
 
     Raises ValueError for a width outside (0, 1], an unknown name in a plan, a plan that breaks a residual
-    sum, a width that a layer does not offer, or a model without sliced layers; TypeError for what is not a
-    number.
+    sum, a width that a layer does not offer, or a model without sliced layers; TypeError for no number at all.
     """
     plan = _plan(width)
     layers = _sliced_layers(model)
@@ -190,8 +205,7 @@ def set_width(model: nn.Module, width: Width) -> None:
 
 @contextmanager
 def use_width(model: nn.Module, width: Width) -> Iterator[None]:
-    """Run `model` at `width` inside the context; the widths before it come back on exit, also after an
-    exception.
+    """Run `model` at `width` inside the context, then at what was set before, also after an exception.
 
     Contexts nest. Errors as of `set_width`.
     """

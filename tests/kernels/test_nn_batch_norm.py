@@ -234,7 +234,7 @@ def test_switchable_starts_at_its_largest_width():
 
 def test_switchable_errors():
     norm = SwitchableBatchNorm2d(32, [1.0, 0.5])
-    with pytest.raises(ValueError, match=r"has norms for \[1\.0, 0\.5\], got 0\.75"):
+    with pytest.raises(ValueError, match=r"offers \[1\.0, 0\.5\], got 0\.75"):
         set_width(norm, 0.75)
     with pytest.raises(ValueError, match=r"expects 32 channels, got 16"):
         norm(torch.randn(2, 16, 2, 2))

@@ -121,6 +121,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch's own
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])

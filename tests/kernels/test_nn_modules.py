@@ -1,4 +1,4 @@
-"""What every module owes torch: checkpoints both ways, copies, pickles, conversions, full-graph compilation."""
+"""What every module owes torch: checkpoints both ways, copies, pickles, conversions, full-graph compiling."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def run(model: nn.Module, module: nn.Module, x: torch.Tensor, upstream: torch.Te
     return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
 
 
-@pytest.mark.parametrize("width", [1.0, 0.5, {"": 0.75, "hidden": 0.25}], ids=str)
+@pytest.mark.parametrize("width", [1.0, 0.5])
 def test_full_graph_compilation_in_training(width):
     torch.compiler.reset()
     model = Net().double()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from us3l_kernels import functional
-from us3l_kernels.width import Sliced, active_channels, current_views, width_key
+from us3l_kernels.width import FixedWidths, Sliced, active_channels, current_views, width_key
 
 if TYPE_CHECKING:
     from us3l_kernels.nn.calibration import Moments
@@ -21,13 +21,11 @@ _Norm = nn.modules.batchnorm._BatchNorm
 class SlicedBatchNorm(Sliced, _Norm):
     """What SlicedBatchNorm1d and SlicedBatchNorm2d share: everything but the shape of x.
 
-    y = activation(norm(x) * weight[:C] + bias[:C] + residual) for the C channels that x brings, in one
-    operation.
+    y = activation(norm(x) * weight[:C] + bias[:C] + residual), one operation, for the C channels of x.
 
     activation: None, "relu" or "relu6".
     sync: in training, take the statistics over all ranks of `process_group` (None: the default one) when
-    torch.distributed is initialised with more than one; forward and backward are exact, also for unequal
-    batches.
+    torch.distributed is initialised with more than one: exact, forward and backward, for unequal batches too.
     The remaining arguments, the parameters and the state_dict are those of torch.nn's.
 
     Which statistics normalise:
@@ -35,8 +33,7 @@ class SlicedBatchNorm(Sliced, _Norm):
       width, so they are updated at full width only, as n forwards in the order of the views would.
     - evaluation: those calibrated for the width in effect (`calibrating`); without them the running ones, at
       full width. Otherwise it raises: statistics of another width give accuracy of chance, in silence.
-    A forward in training, and loading a state_dict, drop the calibrated statistics: they are of other
-    weights.
+    A forward in training and loading a state_dict drop calibrated statistics: they are of other weights.
     """
 
     def __init__(
@@ -113,6 +110,8 @@ class SlicedBatchNorm(Sliced, _Norm):
         )
 
     def _train(self, x: Tensor, residual: Tensor | None, views: int) -> Tensor:
+        if x.size(0) % views:
+            raise ValueError(f"x: expected a batch of {views} stacked views, got {x.size(0)} samples")
         update = self._describes(x.size(1))
         if self.sync and dist.is_available() and dist.is_initialized():
             group = self.process_group or dist.group.WORLD
@@ -124,8 +123,6 @@ class SlicedBatchNorm(Sliced, _Norm):
         running = (self.running_mean, self.running_var)
         if self.momentum is None and views > 1:
             # The factor of a cumulative average changes from one view to the next.
-            if x.size(0) % views:
-                raise ValueError(f"x: expected a batch of {views} views, got {x.size(0)} samples")
             residuals = [None] * views if residual is None else residual.chunk(views)
             parts = zip(x.chunk(views), residuals, strict=True)
             return torch.cat([self._train(part, of_part, views=1) for part, of_part in parts])
@@ -163,8 +160,6 @@ class SlicedBatchNorm(Sliced, _Norm):
     def _train_synchronised(
         self, x: Tensor, residual: Tensor | None, views: int, update: bool, group: dist.ProcessGroup
     ) -> Tensor:
-        if x.size(0) % views:
-            raise ValueError(f"x: expected a batch of {views} views, got {x.size(0)} samples")
         channels = x.size(1)
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(views, -1, channels, x[0, 0].numel())
         count, mean, var = _synchronised_statistics(wide, group)
@@ -211,9 +206,8 @@ class SlicedBatchNorm2d(SlicedBatchNorm, nn.BatchNorm2d):
     """torch.nn.BatchNorm2d over the channels that x [N, C, H, W] brings; see `SlicedBatchNorm`."""
 
 
-class PrivateBatchNorms2d(Sliced, nn.Module):
-    """A private batch norm with `channels[i]` channels for `widths[i]`, in `bn`; the largest width at
-    first."""
+class PrivateBatchNorms2d(FixedWidths, nn.Module):
+    """A private batch norm with channels[i] channels for widths[i], in `bn`; at first the largest width."""
 
     def __init__(self, channels: Sequence[int], widths: Sequence[float], **options: Any) -> None:
         super().__init__()
@@ -233,17 +227,9 @@ class PrivateBatchNorms2d(Sliced, nn.Module):
         """The private norms, in the order of `widths`."""
         return list(self.bn)  # type: ignore[arg-type]
 
-    def _index(self, width: float) -> int:
-        if width not in self.widths:
-            raise ValueError(f"width: {type(self).__name__} has norms for {list(self.widths)}, got {width}")
-        return self.widths.index(width)
-
-    def check_width(self, width: float) -> None:
-        self._index(width)
-
     def set_active(self, width: float, key: str) -> None:
-        self.active_index = self._index(width)
         super().set_active(width, key)
+        self.active_index = self.index_of(width)
         self.norms[self.active_index].set_active(width, key)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -74,12 +74,11 @@ def _dtype_and_device(norm: SlicedBatchNorm) -> tuple[torch.dtype | None, torch.
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Inside, the sliced batch norms of `model` normalise with batch statistics and take the pooled ones of a
-    width.
+    """Inside, the sliced batch norms of `model` normalise with batch statistics and pool them.
 
-    The statistics belong to the width that is set at a forward; several widths may take their turns. They
-    replace older ones on exit, unless an exception leaves the context. Every rank takes those of its own
-    data.
+    The pooled statistics belong to the width that is set at a forward; several widths may take their turns.
+    They replace older ones on exit, unless an exception leaves the context. Every rank takes those of its
+    own data.
 
     Raises ValueError for a model without sliced batch norms; RuntimeError if a calibration of them is under
     way, or if no forward reached one.
@@ -119,8 +118,8 @@ def statistics(model: nn.Module) -> Statistics:
 def load_statistics(model: nn.Module, table: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
     """Replace the calibrated statistics of `model` by those of `statistics`, after its weights are loaded.
 
-    The tensors are copied, to the device and dtype of each norm. Raises ValueError, and changes nothing, for a name that
-    is no sliced batch norm of the model or for statistics of more channels than it has.
+    The tensors are copied, to the device and dtype of each norm. Raises ValueError, and changes nothing, for
+    a name that is no sliced batch norm of the model or for statistics of more channels than it has.
     """
     norms = _norms(model)
     for key, entries in table.items():

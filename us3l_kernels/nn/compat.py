@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from torch.nn.common_types import _size_2_t
 
 from us3l_kernels.nn import batch_norm, conv, linear
-from us3l_kernels.width import Sliced, active_channels, make_divisible, width_key
+from us3l_kernels.width import FixedWidths, Sliced, active_channels, make_divisible, width_key
 
 __all__ = [
     "SlimmableConv2d",
@@ -84,9 +84,9 @@ class _WidthMult(Sliced):
 
 
 class USConv2d(_WidthMult, conv.SlicedConv2d):
-    """Universally slimmable convolution. us, ratio: (input, output) sliced or not, and expansions of their
-    channels.
+    """Universally slimmable convolution.
 
+    us, ratio: of the (input, output) channels: whether they are sliced, and their expansion.
     depthwise: one group per channel, whatever `groups` says.
     """
 
@@ -139,36 +139,24 @@ class USLinear(_WidthMult, linear.SlicedLinear):
 
 
 class USBatchNorm2d(_WidthMult, batch_norm.SlicedBatchNorm2d):
-    """Universally slimmable batch norm: one affine pair, no running statistics; to be calibrated for each
-    width."""
+    """Universally slimmable batch norm: one affine pair for all widths; statistics by calibration."""
 
     def __init__(self, num_features: int, ratio: int = 1) -> None:
         super().__init__(num_features, track_running_stats=False)
         self.ratio = ratio
 
 
-class _Listed(_WidthMult):
-    """A layer with a list entry for each of `widths`."""
-
-    widths: tuple[float, ...]
+class _Listed(_WidthMult, FixedWidths):
+    """A layer with a list entry for each of its widths."""
 
     def _new_width(self) -> float:
         return max(self.widths)
-
-    def _index(self, width: float) -> int:
-        if width not in self.widths:
-            raise ValueError(f"width: {type(self).__name__} has entries for {list(self.widths)}, got {width}")
-        return self.widths.index(width)
-
-    def check_width(self, width: float) -> None:
-        self._index(width)
 
 
 class SlimmableConv2d(_Listed, conv.SlicedConv2d):
     """Convolution with channels listed for each width; the largest one at first.
 
-    groups_list: one number of groups for all widths, or one for each; the channels of a group must stay the
-    same.
+    groups_list: one number of groups for all widths or one for each; the channels of a group stay the same.
     """
 
     def __init__(
@@ -206,10 +194,10 @@ class SlimmableConv2d(_Listed, conv.SlicedConv2d):
         self.width_mult = None
 
     def in_channels_at(self, width: float) -> int:
-        return self.in_channels_list[self._index(width)]
+        return self.in_channels_list[self.index_of(width)]
 
     def channels_at(self, width: float) -> int:
-        return self.out_channels_list[self._index(width)]
+        return self.out_channels_list[self.index_of(width)]
 
 
 class SlimmableLinear(_Listed, linear.SlicedLinear):
@@ -226,10 +214,10 @@ class SlimmableLinear(_Listed, linear.SlicedLinear):
         self.width_mult = None
 
     def in_features_at(self, width: float) -> int:
-        return self.in_features_list[self._index(width)]
+        return self.in_features_list[self.index_of(width)]
 
     def channels_at(self, width: float) -> int:
-        return self.out_features_list[self._index(width)]
+        return self.out_features_list[self.index_of(width)]
 
 
 class SwitchableBatchNorm2d(_Listed, batch_norm.PrivateBatchNorms2d):

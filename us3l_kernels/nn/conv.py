@@ -18,15 +18,13 @@ class SlicedConv2d(SlicedOutput, nn.Conv2d):
     Parameters, state_dict and initialisation are those of torch.nn.Conv2d, and at width 1.0 so is the result.
 
     slice_out: False keeps all output channels at every width (the last convolution of MobileNetV2).
-    divisor, ratio: the rounding of channels, see `active_channels`; ratio is the expansion of MobileNet's
-    layers.
+    divisor, ratio: the rounding of channels, see `active_channels`.
     groups: of the full layer. With groups > 1 (depthwise, ResNeXt) a group keeps its channels, the number of
     active groups is that of x, and so the output follows x too; `slice_out`, `divisor` and `ratio` then only
     say what to expect (`active_out_channels`, repr).
 
     active_out_channels: the output channels at the width in effect.
-    repr shows active/full channels; the active input shown is what a layer of `in_channels` brings at this
-    width.
+    repr shows active/full channels; for the input it shows what sliced `in_channels` would be at this width.
     """
 
     active_out_channels: int

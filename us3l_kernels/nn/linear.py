@@ -19,8 +19,7 @@ class SlicedLinear(SlicedOutput, nn.Linear):
     divisor, ratio: the rounding of features, see `active_channels`.
 
     active_out_features: the output features at the width in effect.
-    repr shows active/full features; the active input shown is what a layer of `in_features` brings at this
-    width.
+    repr shows active/full features; for the input it shows what sliced `in_features` would be at this width.
     """
 
     active_out_features: int
