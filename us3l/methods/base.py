@@ -102,6 +102,11 @@ class Method(nn.Module):
         if config.target == "momentum":
             self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
 
+    @property
+    def projector(self) -> Projector:
+        """The student's projector, which is its encoder's `fc`."""
+        return cast(Projector, self.encoder_q.fc)
+
     @torch.no_grad()
     def targets(self, images: Tensor, *, width: Width) -> Tensor | None:
         """Teacher's projections [2N, D] of both views; None for a live target.
@@ -130,7 +135,7 @@ class Method(nn.Module):
         with views(2):
             projection = self.projector.before_norm(self.encoder_q.forward_features(images))
             z = self.projector.norm(projection)
-            head = self._distillation_head() if distilled else self.predictor
+            head = self.aux_predictor if distilled and self.aux_predictor is not None else self.predictor
             prediction = z if head is None else head(z)
         if not distilled:
             if self.encoder_k is None:
@@ -144,14 +149,6 @@ class Method(nn.Module):
             )
         loss = cross_view(self.distillation_loss if distilled else self.base_loss, prediction, targets)
         return StepOutput(loss, projection.detach(), targets.detach() if self.distils else None)
-
-    @property
-    def projector(self) -> Projector:
-        """The student's projector, which is its encoder's `fc`."""
-        return cast(Projector, self.encoder_q.fc)
-
-    def _distillation_head(self) -> Predictor | None:
-        return self.predictor if self.aux_predictor is None else self.aux_predictor
 
     def live_targets(self, z: Tensor) -> Tensor:
         """Targets [2N, D] of the base loss when there is no teacher: the network's own projections, as constants."""

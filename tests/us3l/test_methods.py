@@ -1,0 +1,300 @@
+"""The methods: which loss each width gets, from which target, through which head."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from us3l.config import Config, MethodConfig, ModelConfig, SamplerConfig
+from us3l.losses import cross_view, info_nce, negative_cosine
+from us3l.methods import GUIDELINES, Method, build_method
+from us3l.schedule import group_alpha, parameter_groups, set_group_regularisation
+from us3l_kernels.nn import SlicedBatchNorm1d, SlicedConv2d
+from us3l_kernels.optim import SGD
+from us3l_kernels.width import active_channels, use_width
+
+NT_XENT = partial(info_nce, temperature=0.5)
+
+# The rows of the paper's Table 1 and the ablations, as switches.
+INDIVIDUAL = {"target": "live", "distillation": "none", "widths": [0.5]}
+SLIMMABLE = {"target": "live", "distillation": "none", "widths": [1.0, 0.5]}
+DISTILLED = {"target": "live", "distillation": "cosine", "aux_head": False, "widths": [1.0, 0.5]}
+US3L = {"target": "momentum", "distillation": "cosine", "aux_head": True}
+
+
+def _method(name: str, *, widths: list[float] | None = None, norm: str = "sliced", **switches: Any) -> Method:
+    torch.manual_seed(0)
+    switches.setdefault("base_loss", "infonce" if name == "simclr" else "cosine")
+    sampler = SamplerConfig(kind="fixed", widths=widths) if widths else SamplerConfig()
+    method = build_method(
+        Config(
+            model=ModelConfig("resnet_tiny", stem="small", in_channels=1, divisor=4, norm=norm, base_channels=8),
+            method=MethodConfig(name, hidden_dim=12, dim=6, predictor_hidden=10, **switches),
+            sampler=sampler,
+        )
+    ).double()
+    if method.encoder_k is not None:  # as after some training: a teacher that is not the student
+        with torch.no_grad():
+            for parameter in method.encoder_k.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return method
+
+
+def _images(n: int = 8) -> Tensor:
+    return torch.randn(2 * n, 1, 12, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def _views_apart(images: Tensor, module: nn.Module, width: float, *heads: nn.Module | None) -> Tensor:
+    """What the published code does: two forwards, one for each view."""
+    outputs = []
+    with use_width(module, width):
+        for view in images.chunk(2):
+            y = module(view)
+            for head in heads:
+                y = y if head is None else head(y)
+            outputs.append(y)
+    return torch.cat(outputs)
+
+
+def _assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["simsiam", "simclr", "byol"])
+@pytest.mark.parametrize("distillation", ["cosine", "infonce"])
+@pytest.mark.parametrize("aux_head", [True, False])
+def test_us3l_iteration(name: str, distillation: str, aux_head: bool) -> None:
+    """Base loss at full width, distillation elsewhere, both against the teacher at full width, views crossed."""
+    method, images = _method(name, target="momentum", distillation=distillation, aux_head=aux_head), _images()
+    teacher = _views_apart(images, method.encoder_k, 1.0)
+    base = NT_XENT if name == "simclr" else negative_cosine
+    distil = NT_XENT if distillation == "infonce" else negative_cosine
+
+    targets = method.targets(images, width=1.0)
+    _assert_same(targets, teacher)
+    full = method(images, width=1.0, full=True, targets=targets)
+    prediction = _views_apart(images, method.encoder_q, 1.0, method.predictor)
+    _assert_same(full.loss, cross_view(base, prediction, teacher))
+
+    narrow = method(images, width=0.5, full=False, targets=full.targets)
+    head = method.aux_predictor if aux_head else method.predictor
+    assert (head is None) == (name == "simclr" and not aux_head)
+    prediction = _views_apart(images, method.encoder_q, 0.5, head)
+    _assert_same(narrow.loss, cross_view(distil, prediction, teacher))
+    _assert_same(narrow.targets, teacher)
+
+    narrow.loss.backward()
+    assert all(p.grad is None for p in method.encoder_k.parameters())
+    if head is not None:
+        assert all(p.grad is not None for p in head.parameters())
+    if head is not method.predictor and method.predictor is not None:
+        assert all(p.grad is None for p in method.predictor.parameters())
+
+
+@pytest.mark.parametrize("name", ["simsiam", "simclr", "byol"])
+def test_live_targets_come_from_the_full_network(name: str) -> None:
+    method, images = _method(name, **DISTILLED), _images()
+    assert method.targets(images, width=1.0) is None and method.ema() is None and method.encoder_k is None
+    base = NT_XENT if name == "simclr" else negative_cosine
+    full = method(images, width=1.0, full=True, targets=None)
+    projections = _views_apart(images, method.encoder_q, 1.0)
+    predictions = _views_apart(images, method.encoder_q, 1.0, method.predictor)
+    _assert_same(full.loss, cross_view(base, predictions, projections))
+    _assert_same(full.targets, projections)
+    assert not full.targets.requires_grad
+
+    narrow = method(images, width=0.5, full=False, targets=full.targets)
+    predictions = _views_apart(images, method.encoder_q, 0.5, method.predictor)
+    _assert_same(narrow.loss, cross_view(negative_cosine, predictions, projections))
+    _assert_same(narrow.targets, projections)
+
+
+@pytest.mark.parametrize("norm", ["sliced", "switchable"])
+def test_slimmable_networks_have_the_base_loss_at_every_width(norm: str) -> None:
+    method, images = _method("simsiam", norm=norm, **SLIMMABLE), _images()
+    targets = None
+    for i, width in enumerate((1.0, 0.5)):
+        loss, _, targets = method(images, width=width, full=i == 0, targets=targets)
+        projections = _views_apart(images, method.encoder_q, width)
+        predictions = _views_apart(images, method.encoder_q, width, method.predictor)
+        _assert_same(loss, cross_view(negative_cosine, predictions, projections.detach()))
+
+
+@pytest.mark.parametrize("widths", [[0.5], [1.0, 0.5]])
+def test_without_distillation_the_teacher_has_the_students_width(widths: list[float]) -> None:
+    """An individually trained BYOL at half width never touches the other half, nor does its teacher."""
+    method, images = _method("byol", target="momentum", distillation="none", widths=widths), _images()
+    targets = method.targets(images, width=widths[0])
+    for i, width in enumerate(widths):
+        loss, _, targets = method(images, width=width, full=i == 0, targets=targets)
+        predictions = _views_apart(images, method.encoder_q, width, method.predictor)
+        teacher = _views_apart(images, method.encoder_k, width)
+        _assert_same(loss, cross_view(negative_cosine, predictions, teacher))
+
+
+def test_simclr_has_gradients_through_both_views_unless_it_distils() -> None:
+    alone, distilling = (_method("simclr", **switches) for switches in (SLIMMABLE, DISTILLED))
+    images = _images()
+    for method in (alone, distilling):
+        method(images, width=1.0, full=True, targets=None).loss.backward()
+    z = _views_apart(images, alone.encoder_q, 1.0)
+    parameters = list(alone.encoder_q.parameters())
+    expected = torch.autograd.grad(NT_XENT(*z.chunk(2)), parameters)
+    for parameter, constant, gradient in zip(parameters, distilling.encoder_q.parameters(), expected, strict=True):
+        _assert_same(parameter.grad, gradient)
+        _assert_same(constant.grad, gradient / 2)
+
+
+def test_teacher_of_a_distillation_runs_at_the_largest_width_there_is() -> None:
+    images = _images()
+    method = _method("byol", target="momentum", widths=[0.75, 0.5])
+    _assert_same(method.targets(images, width=0.5), _views_apart(images, method.encoder_k, 0.75))
+    method = _method("byol", target="momentum")  # random widths: 1.0, whatever was drawn
+    _assert_same(method.targets(images, width=0.6), _views_apart(images, method.encoder_k, 1.0))
+
+
+def test_a_narrow_width_reads_nothing_beyond_its_channels() -> None:
+    method, images = _method("byol", **US3L), _images()
+    targets = method.targets(images, width=1.0)
+    expected = method(images, width=0.5, full=False, targets=targets)
+    with torch.no_grad():
+        for name, module in method.encoder_q.named_modules():
+            if isinstance(module, SlicedConv2d):
+                module.weight[active_channels(module.out_channels, 0.5, divisor=4) :] = torch.nan
+                if name != "conv1":
+                    module.weight[:, active_channels(module.in_channels, 0.5, divisor=4) :] = torch.nan
+        method.encoder_q.fc[0].weight[:, active_channels(32, 0.5, divisor=4) :] = torch.nan
+    poisoned = method(images, width=0.5, full=False, targets=targets)
+    torch.testing.assert_close(poisoned.loss, expected.loss, rtol=0, atol=0)
+    torch.testing.assert_close(poisoned.projection, expected.projection, rtol=0, atol=0)
+
+
+def test_heads() -> None:
+    def names(name: str) -> list[str]:
+        return [key for key, _ in _method(name, **US3L).encoder_q.fc.named_parameters()]
+
+    norms = ["1.weight", "1.bias", "4.weight", "4.bias"]
+    assert names("simsiam") == ["0.weight", *norms[:2], "3.weight", *norms[2:], "6.weight"]
+    assert names("simclr") == ["0.weight", "0.bias", *norms[:2], "3.weight", "3.bias", *norms[2:], "6.weight", "6.bias"]
+    assert names("byol") == ["0.weight", "0.bias", *norms[:2], "3.weight", *norms[2:], "6.weight", "6.bias"]
+    shapes = {key: tuple(p.shape) for key, p in _method("byol", **US3L).aux_predictor.named_parameters()}
+    assert shapes == {"0.weight": (10, 6), "1.weight": (10,), "1.bias": (10,), "3.weight": (6, 10), "3.bias": (6,)}
+
+
+def test_projection_is_before_simsiams_final_norm() -> None:
+    method, images = _method("simsiam", **SLIMMABLE), _images()
+    _, projection, _ = method(images, width=1.0, full=True, targets=None)
+    final = method.encoder_q.fc.get_submodule("7")
+    assert isinstance(final, SlicedBatchNorm1d) and not final.affine
+    assert not projection.requires_grad
+    normalised = torch.cat([final(view) for view in projection.chunk(2)])
+    _assert_same(normalised, _views_apart(images, method.encoder_q, 1.0))
+
+
+@pytest.mark.parametrize("name", ["simsiam", "simclr", "byol"])
+@pytest.mark.parametrize("switches", [INDIVIDUAL, SLIMMABLE, DISTILLED, US3L])
+def test_every_row_trains(name: str, switches: dict[str, Any]) -> None:
+    """Some iterations of each row lower its loss, and every parameter it has takes part."""
+    method, images = _method(name, **switches), _images()
+    teacher = method.ema()
+    optimizer = SGD(parameter_groups(method), 0.05, 0.9)
+    widths = switches.get("widths", [1.0, 0.6, 0.25])
+    totals = []
+    for _ in range(6):
+        if teacher is not None:
+            teacher.update()
+        targets, total = method.targets(images, width=widths[0]), 0.0
+        optimizer.zero_grad()
+        for i, width in enumerate(widths):
+            loss, _, targets = method(images, width=width, full=i == 0, targets=targets)
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        totals.append(total)
+    assert totals[-1] < totals[0]
+    assert all(p.grad is not None for p in method.student_parameters())
+
+
+def test_teacher_follows_and_is_never_trained() -> None:
+    method = _method("byol", **US3L)
+    student, teacher = method.encoder_q.conv1.weight, method.encoder_k.conv1.weight
+    expected = 0.99 * teacher + 0.01 * student
+    method.ema().update()
+    _assert_same(teacher, expected)
+    assert not any(p.requires_grad for p in method.encoder_k.parameters())
+    trained = {id(p) for p in method.student_parameters()}
+    assert trained == {id(p) for p in method.parameters() if p.requires_grad}
+    groups = parameter_groups(method)
+    assert [group["name"] for group in groups] == ["encoder", "predictor"]
+    assert {id(p) for group in groups for p in group["params"]} == trained
+    assert [group["name"] for group in parameter_groups(_method("simclr", **SLIMMABLE))] == ["encoder"]
+
+
+def test_losses_are_full_precision_under_autocast() -> None:
+    method, images = _method("simclr", **US3L).float(), _images().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        targets = method.targets(images, width=1.0)
+        loss, projection, _ = method(images, width=1.0, full=True, targets=targets)
+    assert projection.dtype == torch.bfloat16 and loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "switches", "violated"),
+    [
+        ("simsiam", INDIVIDUAL, []),
+        ("simsiam", SLIMMABLE, ["G1", "G2", "G3"]),
+        ("simsiam", DISTILLED, ["G1", "G2", "G3"]),
+        ("simsiam", DISTILLED | {"aux_head": True}, ["G1", "G2"]),
+        ("simsiam", DISTILLED | {"distillation": "infonce"}, ["G1", "G3"]),
+        ("simclr", DISTILLED, ["G2", "G3"]),
+        ("simclr", SLIMMABLE, ["G3"]),
+        ("simclr", US3L, []),
+        ("simclr", US3L | {"target": "live"}, ["G2"]),
+        ("byol", US3L | {"aux_head": False}, ["G3"]),
+    ],
+)
+def test_guidelines(name: str, switches: dict[str, Any], violated: list[str]) -> None:
+    assert _method(name, **switches).violates_guidelines() == violated
+    assert set(violated) <= GUIDELINES.keys()
+
+
+def test_bad_use_is_named() -> None:
+    images = _images()
+    with pytest.raises(ValueError, match=r"targets: expected those of Method.targets\(\)"):
+        _method("byol", **US3L)(images, width=1.0, full=True, targets=None)
+    with pytest.raises(ValueError, match="targets"):
+        _method("simsiam", **DISTILLED)(images, width=0.5, full=False, targets=None)
+    with pytest.raises(ValueError, match="method.name must be one of simsiam, simclr, byol, got 'moco'"):
+        _method("moco")
+    with pytest.raises(ValueError, match="a loss must be cosine or infonce, got 'l2'"):
+        _method("byol", base_loss="l2")
+
+
+def test_group_alpha_ramps_between_the_warm_up_and_half_of_the_run() -> None:
+    alphas = [group_alpha(epoch, 20, 4, 0.06) for epoch in range(20)]
+    assert alphas[:5] == [0.0] * 5
+    assert alphas[5:10] == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])
+    assert alphas[10:] == [0.06] * 10
+    assert [group_alpha(epoch, 3, 0, 0.05) for epoch in range(3)] == [0.0, 0.05, 0.05]
+    assert group_alpha(0, 1, 0, 0.05) == 0.05
+    assert [group_alpha(epoch, 10, 7, 0.05) for epoch in (6, 7)] == [0.0, 0.05]
+
+
+def test_regularisation_reaches_the_heads_except_in_steps_of_full_width() -> None:
+    """The decay is that of the loss form: its gradient 2 lambda_g p, on top of no other gradient here."""
+    method = _method("byol", **US3L)
+    optimizer = SGD(parameter_groups(method), lr=1.0, groups=2)
+    conv, head = method.encoder_q.conv1.weight, method.aux_predictor.get_submodule("3").weight
+    conv_before, head_before = conv.detach().clone(), head.detach().clone()
+    set_group_regularisation(optimizer, weight_decay=0.1, alpha=0.5, predictors=False)
+    optimizer.step()
+    factors = torch.tensor([0.1] * 4 + [0.05] * 4, dtype=torch.float64).view(8, 1, 1, 1)  # halves of 8 channels
+    _assert_same(conv, conv_before * (1 - factors))
+    torch.testing.assert_close(head, head_before, rtol=0, atol=0)
+    set_group_regularisation(optimizer, weight_decay=0.1, alpha=0.5, predictors=True)
+    optimizer.step()
+    _assert_same(head, head_before * 0.9)
