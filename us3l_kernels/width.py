@@ -187,7 +187,7 @@ def set_width(model: nn.Module, width: Width) -> None:
     to mix widths in it, use a plan, rather than one call for each part.
 
     Raises ValueError for a width outside (0, 1], an unknown name in a plan, a plan that breaks a residual
-    sum, a width that a layer does not offer, or a model without sliced layers; TypeError for no number at all.
+    sum, a width that a layer does not offer, or a model without sliced layers; TypeError for no number.
     """
     plan = _plan(width)
     layers = _sliced_layers(model)
