@@ -216,7 +216,7 @@ def batch_norm(
                 "batch_norm: x: expected more than 1 value per channel and view in training, "
                 f"got shape {tuple(x.shape)} with {views} views"
             )
-    backend = choose("batch_norm", x, weight)
+    backend = choose("batch_norm", x, running_mean if weight is None else weight)
     return ops.batch_norm(
         x,
         weight,
