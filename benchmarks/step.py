@@ -1,0 +1,311 @@
+"""A whole US3L training step (every width, teacher, heads, losses, regulariser, update, EMA), beside its rivals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import (
+    breakdown,
+    copy_bandwidth,
+    environment,
+    gemm_peak,
+    interleave,
+    require_equal,
+    summarise,
+    synchroniser,
+)
+from benchmarks.rivals import (
+    VIEWS,
+    Compiled,
+    Eager,
+    Layer,
+    Published,
+    Settings,
+    Standalone,
+    copy_weights,
+    initial_weights,
+)
+from us3l.config import (
+    Config,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RegulariserConfig,
+    SamplerConfig,
+    TrainConfig,
+)
+from us3l.engine import TrainStep
+from us3l.methods import build_method
+
+RIVALS = ("published", "eager", "compile", "standalone")
+POLICIES = ("joint", "per_width")
+INPUT_SETS = 4  # so that no side finds its images in the cache
+CHECK_BATCH, CHECK_SIZE, CHECK_STEPS = 4, 64, 2
+
+# Tolerances, relative norms of the losses and of all that a step changed. In float64 the same memory format agrees to
+# rounding; `published` has another one, and deep networks with small batches amplify rounding up to 1e8 times. The
+# small rate keeps a step from feeding that back, the large decay makes the regulariser a visible part of the update.
+EXACT = {"joint": 1e-9, "per_width": 1e-6}
+CHECK_LR, CHECK_WEIGHT_DECAY = 1e-4, 0.1
+# In the dtype that is timed the sides differ by its rounding and by the activations that it flips, which eager PyTorch
+# does as much beside itself in another memory format.
+AS_TIMED = {torch.float32: {"losses": 1e-4, "update": 2e-2}, torch.bfloat16: {"losses": 2e-2, "update": 3e-1}}
+
+
+class Side(Protocol):
+    """One way to take the step."""
+
+    def step(self, images: Tensor) -> Tensor:
+        """Train on images [2N, C, H, W], both views stacked; the loss of every width."""
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained, in the order of `rivals.initial_weights`."""
+
+    def teacher_parameters(self) -> list[Tensor]:
+        """Of the momentum encoder, in the same order."""
+
+
+def measure(
+    settings: Settings,
+    *,
+    size: int,
+    batch: int,
+    rivals: Sequence[str],
+    policy: str = "joint",
+    rounds: int = 10,
+    warmup: int = 2,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Check that us3l and the rivals agree, then time them; see `harness.summarise` for the result's form.
+
+    `size`: pixels of the square images; `batch`: images per view; `policy`: us3l's optimizer steps, joint (one for
+    all widths) or per_width. Raises `harness.Mismatch` when results differ.
+    """
+    images = random_images(settings, size=size, batch=batch)
+    progress("both views in one batch, or one after the other: which is faster in eager mode")
+    stacked, variants = faster_eager(settings, images)
+    progress("comparing results")
+    checks = check_exactly(settings, size=min(size, CHECK_SIZE), rivals=rivals, stacked=stacked)
+
+    weights = initial_weights(settings)
+    sides: dict[str, Side] = {"us3l": US3L(settings, weights, policy=policy)}
+    for rival in rivals:
+        sides[rival] = make_rival(rival, settings, weights, stacked=stacked)
+    compile_seconds, as_timed = _first_steps(settings, sides, weights, images[0], policy)
+
+    samples = interleave(
+        {name: stepper(side, images) for name, side in sides.items()},
+        rounds=rounds,
+        warmup=warmup,
+        synchronise=synchroniser(settings.device),
+        progress=progress,
+    )
+    progress("where the time goes")
+    result = summarise(samples, subject="us3l")
+    result["breakdown_ms"] = {name: breakdown(partial(side.step, images[0])) for name, side in sides.items()}
+    result["limit"] = limit(settings, images[0])
+    result["checks"] = checks | as_timed
+    if compile_seconds is not None:
+        result["compile_seconds"] = compile_seconds
+    result["config"] = {
+        "model": settings.model,
+        "stem": settings.stem,
+        "input": size,
+        "batch": batch,
+        "widths": list(settings.widths),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "step": policy,
+        "rounds": rounds,
+        "eager_views": "one batch" if stacked else "one by one",
+        "eager_views_ms": variants,
+    }
+    result["versions"] = environment(settings.device)
+    return result
+
+
+def random_images(settings: Settings, *, size: int, batch: int, seed: int = 0) -> list[Tensor]:
+    """Input sets [2 * batch, 3, size, size] of two views, never zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (VIEWS * batch, 3, size, size)
+    return [
+        torch.randn(shape, generator=generator).to(settings.device, settings.parameter_dtype)
+        for _ in range(INPUT_SETS)
+    ]
+
+
+class US3L:
+    """The library as its users run it: the ordinary modules, autograd, and the trainer's own iteration."""
+
+    def __init__(self, settings: Settings, weights: list[Tensor], *, policy: str) -> None:
+        self.settings = settings
+        config = Config(
+            model=ModelConfig(name=settings.model, stem=settings.stem, base_channels=16),
+            method=MethodConfig(
+                name="simclr",
+                hidden_dim=settings.hidden_dim,
+                dim=settings.dim,
+                temperature=settings.temperature,
+                momentum=settings.teacher_momentum,
+            ),
+            sampler=SamplerConfig(kind="fixed", widths=list(settings.widths)),
+            optimizer=OptimizerConfig(momentum=settings.momentum, weight_decay=settings.weight_decay),
+            regulariser=RegulariserConfig(alpha=settings.alpha, groups=settings.groups),
+            train=TrainConfig(step=policy, amp="bf16" if settings.dtype is torch.bfloat16 else "none"),
+        )
+        if len(settings.widths) == 1:
+            config.method.distillation = "none"
+        method = build_method(config).to(settings.device, settings.parameter_dtype)
+        method = method.to(memory_format=torch.channels_last)
+        self._parameters = method.student_parameters()
+        assert method.encoder_k is not None  # the default target is the momentum encoder
+        self._teacher_parameters: list[Tensor] = list(method.encoder_k.parameters())
+        copy_weights(self._parameters, weights)
+        copy_weights(self._teacher_parameters, weights[: len(self._teacher_parameters)])
+        self._step = TrainStep(config, method.train())
+
+    def step(self, images: Tensor) -> Tensor:
+        """Train on images [2N, C, H, W], both views stacked; the losses of the widths, without the regulariser."""
+        images = images.to(memory_format=torch.channels_last)
+        return self._step(images, self.settings.widths, lr=self.settings.lr, alpha=self.settings.alpha).losses
+
+    def parameters(self) -> list[Tensor]:
+        """Of the student, in the order of `rivals.initial_weights`."""
+        return list(self._parameters)
+
+    def teacher_parameters(self) -> list[Tensor]:
+        """Of the momentum encoder, in the same order."""
+        return self._teacher_parameters
+
+
+def stepper(side: Side, images: list[Tensor]) -> Callable[[int], Tensor]:
+    """The side for `harness.interleave`: a step on the round's input set."""
+    return lambda turn: side.step(images[turn % len(images)])
+
+
+def make_rival(name: str, settings: Settings, weights: list[Tensor], *, stacked: bool) -> Side:
+    """A rival by its name on the command line."""
+    if name == "published":
+        return Published(settings, weights)
+    kinds = {"eager": Eager, "compile": Compiled, "standalone": Standalone}
+    return kinds[name](settings, weights, stacked=stacked)
+
+
+def faster_eager(settings: Settings, images: list[Tensor], rounds: int = 3) -> tuple[bool, dict[str, float]]:
+    """Whether eager PyTorch is faster with both views in one batch, and the medians (ms) that say so."""
+    weights = initial_weights(settings)
+    variants = {"one batch": True, "one by one": False}
+    samples = interleave(
+        {
+            name: stepper(Eager(settings, weights, stacked=stacked), images)
+            for name, stacked in variants.items()
+        },
+        rounds=rounds,
+        warmup=1,
+        synchronise=synchroniser(settings.device),
+    )
+    medians = summarise(samples, subject="one batch")["median_ms"]
+    return medians["one batch"] <= medians["one by one"], medians
+
+
+# --- correctness, before any time is taken ---------------------------------------------------------------------------
+
+
+def check_exactly(settings: Settings, *, size: int, rivals: Sequence[str], stacked: bool) -> dict[str, float]:
+    """Largest relative errors in float64 over two steps from the same weights.
+
+    us3l's joint step against `eager` and its per_width step against `published`: losses, update and teacher. A
+    standalone network starts as the sub-network that it stands for, so its first losses are those of `eager`.
+    """
+    exact = replace(settings, dtype=torch.float64, lr=CHECK_LR, weight_decay=CHECK_WEIGHT_DECAY)
+    weights = initial_weights(exact)
+    inputs = random_images(exact, size=size, batch=CHECK_BATCH, seed=1)[:CHECK_STEPS]
+    references: dict[str, Side] = {
+        "joint": Eager(exact, weights, stacked=stacked), "per_width": Published(exact, weights)
+    }  # fmt: skip
+    errors = {}
+    for policy, reference in references.items():
+        given, expected = (train(side, inputs, weights) for side in (US3L(exact, weights, policy=policy), reference))
+        errors[f"float64 {policy}"] = require_equal(f"float64, {policy}", given, expected, EXACT[policy])
+    if "standalone" in rivals:
+        standalone, eager = (kind(exact, weights, stacked=stacked).step(inputs[0]) for kind in (Standalone, Eager))
+        errors["float64 standalone"] = require_equal(
+            "float64, standalone", {"losses": standalone}, {"losses": eager}, EXACT["joint"]
+        )
+    return errors
+
+
+def train(side: Side, inputs: Sequence[Tensor], weights: list[Tensor]) -> dict[str, Tensor]:
+    """Train on each of the inputs: all losses, and what was added to student and teacher since `weights`."""
+    losses = [side.step(images) for images in inputs]
+    student, teacher = (
+        torch.cat([(now.detach() - start).flatten() for now, start in zip(parameters, weights, strict=False)])
+        for parameters in (side.parameters(), side.teacher_parameters())
+    )
+    return {"losses": torch.cat(losses), "update": student, "teacher": teacher}
+
+
+def _first_steps(
+    settings: Settings, sides: dict[str, Side], weights: list[Tensor], images: Tensor, policy: str
+) -> tuple[float | None, dict[str, float]]:
+    """Step every side once as it will be timed and compare those that do the same; also the seconds of compilation."""
+    results = {}
+    compile_seconds = None
+    for name, side in sides.items():
+        start = time.perf_counter()
+        results[name] = train(side, [images], weights) if name != "standalone" else {"losses": side.step(images)}
+        if name == "compile":
+            compile_seconds = time.perf_counter() - start
+    errors = {}
+    peers = {"joint": ("eager", "compile"), "per_width": ("published",)}[policy]
+    for rival in (name for name in peers if name in results):
+        for what, tolerance in AS_TIMED[settings.dtype].items():
+            title = f"{settings.dtype}, {rival}".removeprefix("torch.")
+            errors[f"{title}, {what}"] = require_equal(
+                title, {what: results["us3l"][what]}, {what: results[rival][what]}, tolerance
+            )
+    return compile_seconds, errors
+
+
+# --- the limit -------------------------------------------------------------------------------------------------------
+
+
+def limit(settings: Settings, images: Tensor) -> dict[str, float]:
+    """What no direct implementation can go below on this machine, whichever of the two is larger.
+
+    compute_ms: operations of all matrix products and direct convolutions over the measured peak of a matrix product.
+    memory_ms: bytes over the measured copy bandwidth, if every layer with weights touched its tensors once (forward
+    x, y; backward dy, x, dx) and norms, activations and losses nothing; and update, EMA and zeroing every weight once.
+    """
+    side = Eager(settings, initial_weights(settings), stacked=True)
+    moved = 0
+
+    def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal moved
+        trained = torch.is_grad_enabled()
+        moved += (3 if trained else 1) * inputs[0].nbytes + (2 if trained else 1) * output.nbytes
+
+    for model in (side.student, side.teacher):
+        for layer in model.modules():
+            if isinstance(layer, Layer) and isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.register_forward_hook(count)
+    with FlopCounterMode(display=False) as counter:
+        side.step(images)
+    weights = sum(parameter.nbytes for parameter in side.parameters())
+    moved += 8 * weights  # update: read p, g, momentum, write p, momentum, zero g; EMA: read and write the teacher
+    peak, bandwidth = gemm_peak(settings.dtype, settings.device), copy_bandwidth(settings.device)
+    return {
+        "gflop": counter.get_total_flops() / 1e9,
+        "gbyte": moved / 1e9,
+        "gemm_peak_gflops": peak / 1e9,
+        "copy_gbps": bandwidth / 1e9,
+        "compute_ms": counter.get_total_flops() / peak * 1e3,
+        "memory_ms": moved / bandwidth * 1e3,
+    }

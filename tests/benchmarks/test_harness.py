@@ -1,0 +1,101 @@
+"""The measuring harness: turns, medians, ratios, and no time without equal results."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+
+import pytest
+import torch
+
+from benchmarks import harness
+
+
+def test_sides_take_turns_and_see_the_same_round():
+    calls = []
+    samples = harness.interleave(
+        {"a": lambda turn: calls.append(("a", turn)), "b": lambda turn: calls.append(("b", turn))},
+        rounds=2,
+        warmup=1,
+    )
+    assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert {name: len(values) for name, values in samples.items()} == {"a": 2, "b": 2}
+
+
+def test_waits_for_the_device_before_both_readings_of_the_clock():
+    order = []
+    harness.interleave(
+        {"a": lambda _: order.append("work")}, rounds=1, warmup=0, synchronise=lambda: order.append("wait")
+    )
+    assert order == ["wait", "work", "wait"]
+
+
+def test_no_rounds_is_an_error():
+    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
+        harness.interleave({}, rounds=0, warmup=1)
+
+
+def test_summary_is_of_medians():
+    result = harness.summarise({"us3l": [0.001, 0.002, 0.009], "eager": [0.003, 0.004, 0.005]}, subject="us3l")
+    assert result["median_ms"] == {"us3l": 2.0, "eager": 4.0}
+    assert result["ratios"] == {"eager": 2.0}
+    assert result["spread"]["eager"] == pytest.approx({"q1": 3.5, "q3": 4.5, "iqr": 1.0})
+    assert result["samples_ms"]["us3l"] == [1.0, 2.0, 9.0]
+
+
+def test_summary_of_a_single_round():
+    result = harness.summarise({"us3l": [0.002]}, subject="us3l")
+    assert result["spread"]["us3l"] == {"q1": 2.0, "q3": 2.0, "iqr": 0.0}
+
+
+def test_equal_results_give_the_largest_error():
+    expected = {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2)}
+    given = {"a": torch.tensor([3.0, 4.5]), "b": torch.zeros(2)}
+    assert harness.require_equal("x", given, expected, 0.2) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("wrong", [5.0, math.nan, math.inf])
+def test_different_results_are_an_error(wrong):
+    with pytest.raises(harness.Mismatch, match="step: a differs by .* allowed are 1e-03"):
+        harness.require_equal("step", {"a": torch.tensor(wrong)}, {"a": torch.tensor(1.0)}, 1e-3)
+
+
+def test_different_names_are_an_error():
+    with pytest.raises(harness.Mismatch, match=r"different tensors: \['b'\]"):
+        harness.require_equal("step", {"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1)}, 1.0)
+
+
+def test_breakdown_sorts_operators_into_parts():
+    x, weight = torch.randn(8, 64, 32, 32), torch.randn(64, 64, 3, 3)
+    parts = harness.breakdown(lambda: torch.conv2d(x, weight))
+    assert set(parts) == {*harness.PARTS, "other"}
+    assert parts["convolution"] > 0.5 * sum(parts.values())
+    assert parts["norm"] == parts["update"] == 0
+
+
+def test_environment_and_json(tmp_path):
+    versions = harness.environment(torch.device("cpu"))
+    assert versions["torch"] == torch.__version__
+    assert versions["threads"] == torch.get_num_threads()
+    assert versions["cpu"] and versions["commit"]
+    harness.write_json(tmp_path / "new" / "result.json", {"versions": versions})
+    assert json.loads((tmp_path / "new" / "result.json").read_text())["versions"] == versions
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+def test_allocator_is_fixed_by_one_restart_with_the_same_arguments(monkeypatch):
+    restarts = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: restarts.append(arguments))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "benchmarks", "step"])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    harness.fix_allocator()
+    ((program, arguments, environment),) = restarts
+    assert (program, arguments) == (sys.executable, [sys.executable, "-m", "benchmarks", "step"])
+    assert environment == os.environ | {"GLIBC_TUNABLES": harness.ALLOCATOR}
+
+    monkeypatch.setenv("GLIBC_TUNABLES", harness.ALLOCATOR)
+    harness.fix_allocator()
+    assert len(restarts) == 1
