@@ -82,10 +82,11 @@ def plot_accuracy(series: Mapping[str, Sequence[Row]], path: str | Path, *, x: s
         if not rows:
             continue
         points = sorted(rows, key=lambda row: row[x])
+        deviations = [row.get("deviation", 0.0) for row in points]
         axes.errorbar(
             [row[x] for row in points],
             [row["accuracy"] for row in points],
-            yerr=[row.get("deviation", 0.0) for row in points] if "deviation" in points[0] else None,
+            yerr=deviations if any(deviations) else None,
             label=name,
             color=_COLOURS[index % len(_COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)],
