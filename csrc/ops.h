@@ -28,10 +28,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(
     std::int64_t views, std::int64_t activation);
 
 // Adds to grad_weight[:c] and grad_bias[:c]; returns dx and dresidual, each an empty tensor unless needed.
-// y (the forward's output) is read only with an activation.
+//
+// With an activation its mask is told from y, the forward's output. If that had no residual, `bias` (the forward's) may
+// be given instead: the mask is then computed from x once more, which is faster than to read y twice.
 std::tuple<Tensor, Tensor> batch_norm_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& y, std::optional<Tensor> weight, const Tensor& mean,
-    const Tensor& rstd, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias, bool need_grad_x,
-    bool need_grad_residual, bool training, std::int64_t activation);
+    const Tensor& grad, const Tensor& x, const Tensor& y, std::optional<Tensor> weight, std::optional<Tensor> bias,
+    const Tensor& mean, const Tensor& rstd, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
+    bool need_grad_x, bool need_grad_residual, bool training, std::int64_t activation);
 
 }  // namespace us3l

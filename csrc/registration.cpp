@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
       "Tensor? residual, bool training, float momentum, float eps, int views, int activation) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "batch_norm_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor mean, Tensor rstd, "
+      "batch_norm_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
       "Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, bool need_grad_x, bool need_grad_residual, bool training, "
       "int activation) -> (Tensor, Tensor)");
   // csrc/cuda/multi_tensor.cu

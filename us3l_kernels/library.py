@@ -33,7 +33,7 @@ SCHEMAS = (
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
     " Tensor? residual, bool training, float momentum, float eps, SymInt views, str? activation, str backend)"
     " -> (Tensor, Tensor, Tensor)",
-    "batch_norm_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor mean, Tensor rstd,"
+    "batch_norm_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
     " Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, bool need_grad_x, bool need_grad_residual, bool training,"
     " SymInt views, str? activation, str backend) -> (Tensor, Tensor)",
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str backend) -> (Tensor, Tensor, Tensor)",
@@ -161,7 +161,7 @@ def _batch_norm_fake(
 def _batch_norm_backward(
     grad: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    need_grad_x, need_grad_residual = args[4], args[5]
+    need_grad_x, need_grad_residual = args[5], args[6]
     dx, dresidual = BACKENDS[args[-1]].batch_norm_backward(grad, x, y, weight, *args[:-1])
     if dresidual is grad and need_grad_residual:  # an operator never returns its input
         dresidual = grad.clone()
@@ -171,7 +171,7 @@ def _batch_norm_backward(
 def _batch_norm_backward_fake(
     grad: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    return _fake_gradient_of(x, args[4]), _fake_gradient_of(x, args[5])
+    return _fake_gradient_of(x, args[5]), _fake_gradient_of(x, args[6])
 
 
 def _layer_norm(
@@ -304,6 +304,7 @@ class _BatchNorm(torch.autograd.Function):
         training, _, _, _, activation, _ = args
         # y gives the activation's mask, and is kept by the next layer anyway.
         ctx.save_for_backward(x, y if activation is not None else None, weight, bias, mean, rstd)
+        ctx.had_residual = residual is not None
         return y, mean, rstd
 
     @staticmethod
@@ -320,6 +321,7 @@ class _BatchNorm(torch.autograd.Function):
             x,
             x if y is None else y,
             weight,
+            None if ctx.had_residual else bias,
             mean,
             rstd,
             *parameters.into,

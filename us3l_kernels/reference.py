@@ -215,6 +215,7 @@ def batch_norm_backward(
     x: Tensor,
     y: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     grad_weight: Tensor | None,

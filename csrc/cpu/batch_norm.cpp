@@ -204,24 +204,30 @@ void forward(const Tensor& x, const float* weight, const float* bias, float* run
 }
 
 template <class T>
-void backward(const Tensor& grad, const Tensor& x, const Tensor* y, const float* weight, const float* mean,
-              const float* rstd, float* grad_weight, float* grad_bias, bool training, const Tasks& tasks,
-              Clamp clamp, Tensor* masked, Tensor* dx) {
+void backward(const Tensor& grad, const Tensor& x, const Tensor* y, const float* weight, const float* bias,
+              const float* mean, const float* rstd, float* grad_weight, float* grad_bias, bool training,
+              const Tasks& tasks, Clamp clamp, Tensor* masked, Tensor* dx) {
   const auto kernels = batch_norm_kernels<T>();
   const int64_t views = tasks.views, rows = tasks.rows, channels = tasks.channels;
   const auto in = rows_of<T>(x), upstream = rows_of<T>(grad);
   const auto out = y ? rows_of<T>(*y) : Rows<const T>{nullptr, 0};
   const auto mask = masked ? rows_of<T>(*masked) : Rows<T>{nullptr, 0};
 
+  std::vector<float> scale(views * channels), slope(views * channels), offset(views * channels);
+  for (int64_t i = 0; i < views * channels; ++i) scale[i] = rstd[i] * (weight ? weight[i % channels] : 1.f);
+  const auto affine = [&](const Tasks::Task& t) {
+    const int64_t k = t.view * channels + t.channel;
+    return Affine{mean + k, &scale[k], bias ? bias + t.channel : nullptr};
+  };
+
   Partials partials(tasks);
   tasks.run([&](const Tasks::Task& t) {
     kernels.reduce(at(upstream, t.row, t.channel), at(in, t.row, t.channel), at(out, t.row, t.channel),
-                   at(mask, t.row, t.channel), t.rows, t.channels, mean + t.view * channels + t.channel, clamp,
+                   at(mask, t.row, t.channel), t.rows, t.channels, affine(t), clamp,
                    partials.first(t.view, t.range) + t.channel, partials.second(t.view, t.range) + t.channel);
   });
 
   // dx = w rstd (g - sum_g / n - (x - mean) rstd^2 sum_gx / n); without the sums if the statistics are constants.
-  std::vector<float> scale(views * channels), slope(views * channels), offset(views * channels);
   for (int64_t v = 0; v < views; ++v)
     for (int64_t c = 0; c < channels; ++c) {
       double sum_g = 0.0, sum_gx = 0.0;
@@ -230,10 +236,9 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor* y, const float*
         sum_gx += partials.second(v, range)[c];
       }
       const int64_t i = v * channels + c;
-      const double r = rstd[i], s = r * (weight ? weight[c] : 1.f);
+      const double r = rstd[i], s = scale[i];
       if (grad_weight != nullptr) grad_weight[c] += static_cast<float>(sum_gx * r);
       if (grad_bias != nullptr) grad_bias[c] += static_cast<float>(sum_g);
-      scale[i] = static_cast<float>(s);
       slope[i] = training ? static_cast<float>(-s * r * r * sum_gx / rows) : 0.f;
       offset[i] = training ? static_cast<float>(-s * sum_g / rows) : 0.f;
     }
@@ -244,7 +249,7 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor* y, const float*
   tasks.run([&](const Tasks::Task& t) {
     const int64_t k = t.view * channels + t.channel;
     kernels.input_gradient(at(g, t.row, t.channel), at(in, t.row, t.channel), at(result, t.row, t.channel), t.rows,
-                           t.channels, mean + k, &scale[k], &slope[k], &offset[k]);
+                           t.channels, affine(t), &slope[k], &offset[k], clamp);
   });
 }
 
@@ -295,8 +300,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(
 }
 
 std::tuple<Tensor, Tensor> batch_norm_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& y, std::optional<Tensor> weight, const Tensor& mean,
-    const Tensor& rstd, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias, bool need_grad_x,
+    const Tensor& grad, const Tensor& x, const Tensor& y, std::optional<Tensor> weight, std::optional<Tensor> bias,
+    const Tensor& mean, const Tensor& rstd, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias, bool need_grad_x,
     bool need_grad_residual, bool training, int64_t activation) {
   const char* op = "batch_norm_backward";
   STD_TORCH_CHECK(mean.dim() == 2 && rstd.dim() == 2 && mean.is_contiguous() && rstd.is_contiguous() &&
@@ -311,19 +316,22 @@ std::tuple<Tensor, Tensor> batch_norm_backward(
   const bool activated = activation != kNone;
   STD_TORCH_CHECK(activated || !need_grad_residual, op,
                   ": need_grad_residual: expected an activation; without one it is grad itself");
+  STD_TORCH_CHECK(!need_grad_residual || !bias.has_value(), op, ": bias: expected none with need_grad_residual");
   if (activated) check_input(op, "y", y, x);
   const float* const w = input(op, "weight", weight, channels);
+  const float* const b = activated ? input(op, "bias", bias, channels) : nullptr;
   float* const gw = output(op, "grad_weight", grad_weight, channels);
   float* const gb = output(op, "grad_bias", grad_bias, channels);
   const Clamp clamp = clamp_of(op, activation);
 
-  const Tensor upstream = as_rows(grad), out = activated ? as_rows(y) : y;
+  const bool reads_y = activated && b == nullptr;
+  const Tensor upstream = as_rows(grad), out = reads_y ? as_rows(y) : y;
   Tensor dx = need_grad_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor dresidual = need_grad_residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   // Behind the mask lies the gradient of the residual. Where it is not asked for, dx holds it between the passes.
-  Tensor* const masked = !activated ? nullptr : need_grad_residual ? &dresidual : need_grad_x ? &dx : nullptr;
+  Tensor* const masked = !reads_y ? nullptr : need_grad_residual ? &dresidual : need_grad_x ? &dx : nullptr;
   const auto run = x.scalar_type() == ScalarType::Float ? backward<float> : backward<BFloat16>;
-  run(upstream, x, activated ? &out : nullptr, w, mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(), gw, gb,
+  run(upstream, x, reads_y ? &out : nullptr, w, b, mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(), gw, gb,
       training, tasks, clamp, masked, need_grad_x ? &dx : nullptr);
   return {dx, dresidual};
 }

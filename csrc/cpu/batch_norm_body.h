@@ -39,14 +39,37 @@ US3L_INLINE void store(float* p, Float<W> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-template <int W>
-US3L_INLINE void store(BFloat16* p, Float<W> v) {  // to nearest even; a NaN stays one
+// v as it reads after it was stored: to nearest even in bfloat16; a NaN stays one.
+template <class T, int W>
+US3L_INLINE Float<W> rounded(Float<W> v) {
+  if constexpr (sizeof(T) == sizeof(float)) return v;
   using Word = typename Lanes<W>::Word;
   const Word word = (Word)v;
-  const Word rounded = word + 0x7fff + ((word >> 16) & 1), quiet = word | 0x400000;
-  const typename Lanes<W>::Half half =
-      __builtin_convertvector((v == v ? rounded : quiet) >> 16, typename Lanes<W>::Half);
+  const Word nearest = word + 0x7fff + ((word >> 16) & 1), quiet = word | 0x400000;
+  return (Float<W>)((v == v ? nearest : quiet) & 0xffff0000);
+}
+
+template <int W>
+US3L_INLINE void store(BFloat16* p, Float<W> v) {
+  const auto half = __builtin_convertvector((typename Lanes<W>::Word)rounded<BFloat16, W>(v) >> 16,
+                                            typename Lanes<W>::Half);
   __builtin_memcpy(p, &half, sizeof half);
+}
+
+template <int W, int N>
+US3L_INLINE void load_columns(Float<W>* v, const float* p) {
+  for (int n = 0; n < N; ++n) v[n] = load<W>(p + n * W);
+}
+
+// Written once: forward and backward must agree to the last bit on what is inside the clamp.
+template <int W>
+US3L_INLINE Float<W> normalised(Float<W> x, Float<W> mean, Float<W> scale, Float<W> bias) {
+  return (x - mean) * scale + bias;
+}
+
+template <int W>
+US3L_INLINE Float<W> inside(Float<W> g, Float<W> z, Clamp clamp) {
+  return ((z <= clamp.low) | (z >= clamp.high)) ? Float<W>{} : g;
 }
 
 // Calls pass.template columns<W, N, U>(c) for column blocks of N vectors of W lanes that together cover [c, end).
@@ -151,18 +174,16 @@ struct Normalise {
   template <int W, int N, int U>
   US3L_INLINE void columns(std::int64_t c) const {
     Float<W> mean[N], scale[N], bias[N];
-    for (int n = 0; n < N; ++n) {
-      mean[n] = load<W>(affine.mean + c + n * W);
-      scale[n] = load<W>(affine.scale + c + n * W);
-      bias[n] = load<W>(affine.bias + c + n * W);
-    }
+    load_columns<W, N>(mean, affine.mean + c);
+    load_columns<W, N>(scale, affine.scale + c);
+    load_columns<W, N>(bias, affine.bias + c);
     const Float<W> low = clamp.low - Float<W>{}, high = clamp.high - Float<W>{};
     const T* in = x.data + first * x.stride + c;
     const T* add = kResidual ? residual.data + first * residual.stride + c : nullptr;
     T* out = y.data + first * y.stride + c;
     for (std::int64_t r = first; r < last; ++r, in += x.stride, out += y.stride) {
       for (int n = 0; n < N; ++n) {
-        Float<W> z = (load<W>(in + n * W) - mean[n]) * scale[n] + bias[n];
+        Float<W> z = normalised<W>(load<W>(in + n * W), mean[n], scale[n], bias[n]);
         if constexpr (kResidual) z += load<W>(add + n * W);
         z = z < low ? low : z;
         z = z > high ? high : z;
@@ -185,24 +206,43 @@ void normalise(Rows<const T> x, Rows<const T> residual, Rows<T> y, std::int64_t 
   }
 }
 
-template <class T, bool kMask>
+enum class Mask { none, from_y, from_x };
+
+template <class T, Mask kMask>
 struct Reduce {
   Rows<const T> grad, x, y;
   Rows<T> masked;
   std::int64_t first, last;
-  const float* mean;
+  Affine affine;
   Clamp clamp;
   double *sum_g, *sum_gx;
 
   template <int W, int N, int U>
   US3L_INLINE void columns(std::int64_t c) const {
-    Float<W> centre[N], g_sum[U][N] = {}, gx_sum[U][N] = {};
-    for (int n = 0; n < N; ++n) centre[n] = load<W>(mean + c + n * W);
-    const std::int64_t whole = last - (last - first) % U;
+    Float<W> mean[N], scale[N], bias[N], g_sum[U][N] = {}, gx_sum[U][N] = {};
+    load_columns<W, N>(mean, affine.mean + c);
+    if constexpr (kMask == Mask::from_x) {
+      load_columns<W, N>(scale, affine.scale + c);
+      load_columns<W, N>(bias, affine.bias + c);
+    }
+    const auto row = [&](std::int64_t r, int u) __attribute__((always_inline)) {
+      for (int n = 0; n < N; ++n) {
+        const Float<W> value = load<W>(x.data + r * x.stride + c + n * W);
+        Float<W> g = load<W>(grad.data + r * grad.stride + c + n * W);
+        if constexpr (kMask == Mask::from_x)
+          g = inside<W>(g, rounded<T, W>(normalised<W>(value, mean[n], scale[n], bias[n])), clamp);
+        if constexpr (kMask == Mask::from_y) {
+          g = inside<W>(g, load<W>(y.data + r * y.stride + c + n * W), clamp);
+          if (masked.data != nullptr) store<W>(masked.data + r * masked.stride + c + n * W, g);
+        }
+        g_sum[u][n] += g;
+        gx_sum[u][n] += g * (value - mean[n]);
+      }
+    };
     std::int64_t r = first;
-    for (; r < whole; r += U)
-      for (int u = 0; u < U; ++u) row<W, N>(r + u, c, centre, g_sum[u], gx_sum[u]);
-    for (; r < last; ++r) row<W, N>(r, c, centre, g_sum[0], gx_sum[0]);
+    for (; r + U <= last; r += U)
+      for (int u = 0; u < U; ++u) row(r + u, u);
+    for (; r < last; ++r) row(r, 0);
     for (int n = 0; n < N; ++n) {
       for (int u = 1; u < U; ++u) {
         g_sum[0][n] += g_sum[u][n];
@@ -214,71 +254,69 @@ struct Reduce {
       }
     }
   }
-
-  template <int W, int N>
-  US3L_INLINE void row(std::int64_t r, std::int64_t c, const Float<W>* centre, Float<W>* g_sum,
-                       Float<W>* gx_sum) const {
-    const T* const grad_row = grad.data + r * grad.stride + c;
-    const T* const x_row = x.data + r * x.stride + c;
-    for (int n = 0; n < N; ++n) {
-      Float<W> g = load<W>(grad_row + n * W);
-      if constexpr (kMask) {
-        const Float<W> z = load<W>(y.data + r * y.stride + c + n * W);
-        g = (z <= clamp.low) | (z >= clamp.high) ? Float<W>{} : g;
-        if (masked.data != nullptr) store<W>(masked.data + r * masked.stride + c + n * W, g);
-      }
-      g_sum[n] += g;
-      gx_sum[n] += g * (load<W>(x_row + n * W) - centre[n]);
-    }
-  }
 };
 
-template <class T>
-void reduce(Rows<const T> grad, Rows<const T> x, Rows<const T> y, Rows<T> masked, std::int64_t rows,
-            std::int64_t channels, const float* mean, Clamp clamp, double* sum_g, double* sum_gx) {
+template <class T, Mask kMask>
+void reduce_masked(Rows<const T> grad, Rows<const T> x, Rows<const T> y, Rows<T> masked, std::int64_t rows,
+                   std::int64_t channels, Affine affine, Clamp clamp, double* sum_g, double* sum_gx) {
   for (std::int64_t c = 0; c < channels; ++c) sum_g[c] = sum_gx[c] = 0.0;
   for (std::int64_t first = 0; first < rows; first += kBlockRows) {
     const std::int64_t last = first + kBlockRows < rows ? first + kBlockRows : rows;
-    if (y.data != nullptr)
-      for_columns<LANES>(0, channels,
-                         Reduce<T, true>{grad, x, y, masked, first, last, mean, clamp, sum_g, sum_gx});
-    else
-      for_columns<LANES>(0, channels,
-                         Reduce<T, false>{grad, x, y, masked, first, last, mean, clamp, sum_g, sum_gx});
+    for_columns<LANES>(0, channels,
+                       Reduce<T, kMask>{grad, x, y, masked, first, last, affine, clamp, sum_g, sum_gx});
   }
 }
 
 template <class T>
+void reduce(Rows<const T> grad, Rows<const T> x, Rows<const T> y, Rows<T> masked, std::int64_t rows,
+            std::int64_t channels, Affine affine, Clamp clamp, double* sum_g, double* sum_gx) {
+  const auto pass = y.data != nullptr        ? reduce_masked<T, Mask::from_y>
+                    : affine.bias != nullptr ? reduce_masked<T, Mask::from_x>
+                                             : reduce_masked<T, Mask::none>;
+  pass(grad, x, y, masked, rows, channels, affine, clamp, sum_g, sum_gx);
+}
+
+template <class T, Mask kMask>
 struct InputGradient {
-  Rows<const T> g, x;
+  Rows<const T> grad, x;
   Rows<T> dx;
-  const float *mean, *scale, *slope, *offset;
+  Affine affine;
+  const float *slope, *offset;
+  Clamp clamp;
   std::int64_t first = 0, last = 0;
 
   template <int W, int N, int U>
   US3L_INLINE void columns(std::int64_t c) const {
-    Float<W> centre[N], a[N], b[N], d[N];
-    for (int n = 0; n < N; ++n) {
-      centre[n] = load<W>(mean + c + n * W);
-      a[n] = load<W>(scale + c + n * W);
-      b[n] = load<W>(slope + c + n * W);
-      d[n] = load<W>(offset + c + n * W);
-    }
-    const T* grad_row = g.data + first * g.stride + c;
+    Float<W> mean[N], scale[N], bias[N], a[N], b[N];
+    load_columns<W, N>(mean, affine.mean + c);
+    load_columns<W, N>(scale, affine.scale + c);
+    load_columns<W, N>(a, slope + c);
+    load_columns<W, N>(b, offset + c);
+    if constexpr (kMask == Mask::from_x) load_columns<W, N>(bias, affine.bias + c);
+    const T* grad_row = grad.data + first * grad.stride + c;
     const T* x_row = x.data + first * x.stride + c;
     T* out = dx.data + first * dx.stride + c;
-    for (std::int64_t r = first; r < last; ++r, grad_row += g.stride, x_row += x.stride, out += dx.stride)
-      for (int n = 0; n < N; ++n)
-        store<W>(out + n * W, load<W>(grad_row + n * W) * a[n] +
-                                  ((load<W>(x_row + n * W) - centre[n]) * b[n] + d[n]));
+    for (std::int64_t r = first; r < last; ++r, grad_row += grad.stride, x_row += x.stride, out += dx.stride)
+      for (int n = 0; n < N; ++n) {
+        const Float<W> value = load<W>(x_row + n * W);
+        Float<W> g = load<W>(grad_row + n * W);
+        if constexpr (kMask == Mask::from_x)
+          g = inside<W>(g, rounded<T, W>(normalised<W>(value, mean[n], scale[n], bias[n])), clamp);
+        store<W>(out + n * W, g * scale[n] + ((value - mean[n]) * a[n] + b[n]));
+      }
   }
 };
 
 template <class T>
-void input_gradient(Rows<const T> g, Rows<const T> x, Rows<T> dx, std::int64_t rows, std::int64_t channels,
-                    const float* mean, const float* scale, const float* slope, const float* offset) {
-  InputGradient<T> pass{g, x, dx, mean, scale, slope, offset};
-  for_blocks_backwards(rows, channels, pass);
+void input_gradient(Rows<const T> grad, Rows<const T> x, Rows<T> dx, std::int64_t rows, std::int64_t channels,
+                    Affine affine, const float* slope, const float* offset, Clamp clamp) {
+  if (affine.bias != nullptr) {
+    InputGradient<T, Mask::from_x> pass{grad, x, dx, affine, slope, offset, clamp};
+    for_blocks_backwards(rows, channels, pass);
+  } else {
+    InputGradient<T, Mask::none> pass{grad, x, dx, affine, slope, offset, clamp};
+    for_blocks_backwards(rows, channels, pass);
+  }
 }
 
 template <class T>

@@ -39,14 +39,16 @@ struct BatchNormKernels {
   void (*normalise)(Rows<const T> x, Rows<const T> residual, Rows<T> y, std::int64_t rows, std::int64_t channels,
                     Affine affine, Clamp clamp);
 
-  // sum_g = sum of g and sum_gx = sum of g * (x - mean), where g is grad where the output y is inside the clamp, zero
-  // elsewhere. Writes g if masked.data is not null.
+  // sum_g = sum of g and sum_gx = sum of g * (x - mean), where g is grad where the activation's output is inside the
+  // clamp, zero elsewhere. That output is y if y.data is not null (then g is written to `masked`, if that is not null);
+  // else it is z(x) once more, with affine.bias not null; and with neither, g is grad.
   void (*reduce)(Rows<const T> grad, Rows<const T> x, Rows<const T> y, Rows<T> masked, std::int64_t rows,
-                 std::int64_t channels, const float* mean, Clamp clamp, double* sum_g, double* sum_gx);
+                 std::int64_t channels, Affine affine, Clamp clamp, double* sum_g, double* sum_gx);
 
-  // dx = g * scale + (x - mean) * slope + offset; dx may be g itself.
-  void (*input_gradient)(Rows<const T> g, Rows<const T> x, Rows<T> dx, std::int64_t rows, std::int64_t channels,
-                         const float* mean, const float* scale, const float* slope, const float* offset);
+  // dx = g * scale + (x - mean) * slope + offset; with affine.bias not null, g is grad behind the mask of z(x), else
+  // grad itself. dx may be grad.
+  void (*input_gradient)(Rows<const T> grad, Rows<const T> x, Rows<T> dx, std::int64_t rows, std::int64_t channels,
+                         Affine affine, const float* slope, const float* offset, Clamp clamp);
 };
 
 namespace portable {

@@ -122,9 +122,10 @@ class Case:
         c = self.x.size(1)
         gw, gb = torch.ones(c + 5, dtype=mean.dtype), torch.ones(c + 5, dtype=mean.dtype)
         if need_residual is None:
-            need_residual = self.activation is not None
+            need_residual = self.residual is not None and self.activation is not None
+        bias = self.bias if self.residual is None else None
         dx, dresidual = backend.batch_norm_backward(  # type: ignore[attr-defined]
-            self.grad, self.x, y, self.weight, mean, rstd, gw, gb, True, need_residual,
+            self.grad, self.x, y, self.weight, bias, mean, rstd, gw, gb, True, need_residual,
             self.training, self.views, self.activation,
         )  # fmt: skip
         return dx, dresidual, gw, gb
@@ -154,7 +155,7 @@ class Case:
         assert_near(gb[:c], exact_gb[:c], summed)
         assert_near(gw[:c], exact_gw[:c], summed * normalised)
         assert gw[c:].eq(1).all() and gb[c:].eq(1).all(), "written past the active channels"
-        if self.activation is not None:
+        if self.activation is not None and self.residual is not None:
             assert dresidual is not None and exact_dresidual is not None
             assert torch.equal(dresidual.double(), exact_dresidual)
 
@@ -261,9 +262,24 @@ def test_dx_does_not_depend_on_what_else_is_asked_for() -> None:
     assert torch.equal(with_residual[0], without[0])  # type: ignore[arg-type]
     gw = torch.ones(45)
     dx, dresidual = native.batch_norm_backward(
-        case.grad, case.x, y, case.weight, mean, rstd, gw, None, False, False, True, 1, "relu6"
+        case.grad, case.x, y, case.weight, None, mean, rstd, gw, None, False, False, True, 1, "relu6"
     )
     assert dx is None and dresidual is None and torch.equal(gw, without[2])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_the_mask_is_the_same_from_x_and_from_y(dtype: torch.dtype, activation: str) -> None:
+    """Without a residual the mask is computed from x once more; y, rounded as it was stored, must agree to the bit."""
+    case = Case.random((64, 40, 9, 9), dtype, activation=activation)
+    case.weight, case.bias = torch.full((40,), 4.0), torch.full((40,), 3.0)  # many values at either bound
+    y, mean, rstd = case.forward(native)
+    tensors = (case.grad, case.x, y, case.weight)
+    options = (None, None, True, False, True, 1, activation)
+    from_x, _ = native.batch_norm_backward(*tensors, case.bias, mean, rstd, *options)
+    from_y, _ = native.batch_norm_backward(*tensors, None, mean, rstd, *options)
+    assert from_x is not None and from_y is not None
+    assert torch.equal(from_x, from_y)
 
 
 def test_gradients_of_other_layouts() -> None:

@@ -265,7 +265,7 @@ def test_batch_norm_backward_writes_only_the_slice(on):
     gw, gb = torch.full((9,), CANARY), torch.full((9,), CANARY)
     grad = random(*x.shape, dtype=torch.float32)
     untouched = grad.clone()
-    torch.ops.us3l.batch_norm_backward(grad, x, y, w, mean, rstd, gw, gb, True, True, True, 2, "relu", on)
+    torch.ops.us3l.batch_norm_backward(grad, x, y, w, b, mean, rstd, gw, gb, True, False, True, 2, "relu", on)
     assert torch.equal(grad, untouched)
     assert (gw[:5] != CANARY).all() and (gb[:5] != CANARY).all()
     assert torch.equal(gw[5:], torch.full((4,), CANARY)) and torch.equal(gb[5:], torch.full((4,), CANARY))
@@ -426,6 +426,7 @@ def test_opcheck(on, channels_last, requires_grad):
                 plain[0],
                 plain[0],
                 plain[2],
+                None,
                 torch.rand(2, 6),
                 torch.rand(2, 6),
                 plain[2].clone(),

@@ -135,6 +135,7 @@ class Backend:
         x: Tensor,
         y: Tensor,
         weight: Tensor | None,
+        bias: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
         grad_weight: Tensor | None,
@@ -148,6 +149,7 @@ class Backend:
         """Adds into the prefixes of `grad_weight` and `grad_bias`; returns (dX, dResidual).
 
         `y` is the forward's output (the activation's mask comes from it); it is only read with an activation.
+        `bias` is given if the forward added no residual: the mask may then be computed from x, and y left alone.
         dResidual is asked for only with an activation: without one it is `grad` itself.
         """
         raise NotImplementedError

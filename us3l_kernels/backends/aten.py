@@ -149,6 +149,7 @@ class AtenBackend(Backend):
         x: Tensor,
         y: Tensor,
         weight: Tensor | None,
+        bias: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
         grad_weight: Tensor | None,
