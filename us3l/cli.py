@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from us3l.errors import ConfigError, US3LError
+from us3l.monitor import say
 
 if TYPE_CHECKING:
     from us3l.config import Config
@@ -265,7 +266,7 @@ def _show_warning(
 ) -> None:
     """Warnings for people: no source line. Those of other kinds than UserWarning are for developers, and say where."""
     where = "" if category is UserWarning else f" ({category.__name__} at {filename}:{lineno})"
-    errors.print(f"[bold yellow]Warning:[/] {escape(str(message))}{escape(where)}", soft_wrap=True, highlight=False)
+    say(errors, f"{message}{where}", warning=True)
 
 
 def _parse_widths(text: str) -> list[float]:

@@ -25,7 +25,7 @@ from us3l.distributed import SINGLE, World
 from us3l.errors import CheckpointError, ConfigError, TrainingError
 from us3l.evaluation import effective_rank, evaluate, spread
 from us3l.methods import GUIDELINES, Method, build_method
-from us3l.monitor import Monitor, WidthReading
+from us3l.monitor import Monitor, WidthReading, say
 from us3l.sampling import largest_width, make_sampler
 from us3l.schedule import group_alpha, parameter_groups, set_group_regularisation
 from us3l_kernels import gradients
@@ -174,7 +174,6 @@ class Trainer:
         self._resumed = False
         self._saved_at = time.monotonic()
         self._unread: list[tuple[int, list[float], Tensor]] = []  # step, widths, losses still on the device
-        self._readings: list[WidthReading] = []
 
     @property
     def steps_done(self) -> int:
@@ -231,17 +230,17 @@ class Trainer:
             reading_due = self.steps_done % config.train.log_every == 0 or self.batch == batches
             if reading_due:
                 self._read_losses()
-                self._readings = [
+                readings = [
                     WidthReading(width, loss, spread(z), effective_rank(z))
                     for width, loss, z in zip(widths, losses.tolist(), projections, strict=True)
                 ]
-                monitor.read(self.steps_done, self._readings, lr)
+                monitor.read(self.steps_done, readings, lr)
             if self._save_due():
                 self.save()
             # Processes must stop after the same step, or the others would wait for them in the next all-reduce.
             if (self.world.size == 1 or reading_due) and self.world.any(bool(stopped_by), self.device):
                 self._stop(stopped_by)
-        monitor.epoch_done(self.epoch + 1, self._readings)
+        monitor.epoch_done(self.epoch + 1)
 
     def _read_losses(self) -> None:
         """Wait for the losses of the steps since the last reading, and see that they are finite."""
@@ -269,7 +268,7 @@ class Trainer:
         self.method.train()
         monitor.scalars(self.steps_done, {f"knn/width_{row['width']:g}": row["accuracy"] for row in rows})
         accuracies = "  ".join(f"{row['width']:g}: {row['accuracy']:.1f} %" for row in rows)
-        monitor.say(f"epoch {self.epoch}/{self.config.train.epochs}  online kNN {accuracies}")
+        say(self.console, f"epoch {self.epoch}/{self.config.train.epochs}  online kNN {accuracies}")
         mean = sum(row["accuracy"] for row in rows) / len(rows)
         if self.best is None or mean > self.best:
             self.best = mean
@@ -325,9 +324,9 @@ class Trainer:
         if path == "auto":
             if self.folder is None:
                 raise CheckpointError("--resume auto looks into checkpoint.dir, which is null")
-            found = self.folder.newest(lambda message: self.console.print(f"[bold red]Warning:[/] {message}"))
+            found = self.folder.newest(lambda message: say(self.console, message, warning=True))
             if found is None:
-                self.console.print(f"No checkpoint in {self.folder.path} yet: starting from the beginning.")
+                say(self.console, f"No checkpoint in {self.folder.path} yet: starting from the beginning.")
                 return False
             path, state = found
         else:
@@ -341,7 +340,7 @@ class Trainer:
         checkpoints.set_rng_state(state["rng"])
         self.epoch, self.batch, self.best = state["epoch"], state["batch"], state["best"]
         self._resumed = True
-        self.console.print(f"Resuming from {path}: {self.epoch} epochs and {self.batch} batches are done.")
+        say(self.console, f"Resuming from {path}: {self.epoch} epochs and {self.batch} batches are done.")
         return True
 
     def _check_same_run(self, path: Path, state: checkpoints.Checkpoint) -> None:
@@ -378,7 +377,7 @@ class Trainer:
     def _stop(self, stopped_by: list[signal.Signals]) -> None:
         self.save()
         if self.folder is not None:
-            self.console.print(f"Stopped and saved to {self.folder.path}; go on with --resume auto.")
+            say(self.console, f"Stopped and saved to {self.folder.path}; go on with --resume auto.")
         if signal.SIGTERM in stopped_by:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 COLLAPSED_SPREAD, COLLAPSED_RANK = 0.5, 2.0
 
 
+def say(console: Console, message: str, *, warning: bool = False) -> None:
+    """Print a message as it is (above the progress display, if there is one)."""
+    prefix = "[bold yellow]Warning:[/] " if warning else ""
+    console.print(prefix + escape(message), soft_wrap=True, highlight=False)
+
+
 @dataclass(frozen=True)
 class WidthReading:
     """One width in one step."""
@@ -53,6 +59,7 @@ class Monitor:
         self._epochs, self._batches = epochs, batches
         self._writer: SummaryWriter | None = None
         self._collapsed: set[str] = set()
+        self._readings: Sequence[WidthReading] = []
         self._images = 0
         self._since = time.monotonic()
         self._progress = Progress(
@@ -86,14 +93,6 @@ class Monitor:
         if self._writer is not None:
             self._writer.close()
 
-    def say(self, message: str) -> None:
-        """Print above the progress display."""
-        self.console.print(escape(message), soft_wrap=True)
-
-    def warn(self, message: str) -> None:
-        """Print so that it is not overlooked."""
-        self.console.print(f"[bold red]Warning:[/] {escape(message)}", soft_wrap=True)
-
     def step(self, step: int, images: int) -> None:
         """`step` steps are done; the last one took `images` images (all processes together, views not counted)."""
         self._images += images
@@ -102,6 +101,7 @@ class Monitor:
 
     def read(self, step: int, readings: Sequence[WidthReading], lr: float) -> None:
         """Show and record the losses, and the state of the embeddings, of step `step` (1 is the first)."""
+        self._readings = readings
         now = time.monotonic()
         rate = self._images / max(now - self._since, 1e-9)
         self._images, self._since = 0, now
@@ -116,17 +116,20 @@ class Monitor:
             # Before the first epoch is over, embeddings lie close together because nothing has been learnt yet.
             if reading.collapsed and step > self._batches and name not in self._collapsed:
                 self._collapsed.add(name)
-                self.warn(
+                say(
+                    self.console,
                     f"the embeddings of width {reading.width:.3g} have collapsed (step {step}): their spread is "
                     f"{reading.spread:.2f} (1 fills the sphere), their effective rank {reading.effective_rank:.1f}. "
-                    "Images look alike to this sub-network; see GUIDELINES in us3l.methods"
+                    "Images look alike to this sub-network; see GUIDELINES in us3l.methods",
+                    warning=True,
                 )
 
-    def epoch_done(self, epoch: int, readings: Sequence[WidthReading]) -> None:
+    def epoch_done(self, epoch: int) -> None:
         """One lasting line per epoch (`epoch` of them are done), the record where there is no terminal."""
-        losses = "  ".join(f"{r.width:.2f}: {r.loss:.3f}" for r in readings)
-        spread = min(r.spread for r in readings)
-        self.say(f"epoch {epoch}/{self._epochs}  loss {losses}  smallest spread {spread:.2f}")
+        if self._readings:  # none: the run was resumed behind the epoch's last batch
+            losses = "  ".join(f"{r.width:.2f}: {r.loss:.3f}" for r in self._readings)
+            spread = min(r.spread for r in self._readings)
+            say(self.console, f"epoch {epoch}/{self._epochs}  loss {losses}  smallest spread {spread:.2f}")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record numbers for TensorBoard."""

@@ -1,0 +1,186 @@
+"""The `us3l` command: every command end to end on tiny inputs, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from us3l import checkpoint as checkpoints
+from us3l import cli
+
+TINY = [
+    "model.name=resnet_tiny", "model.stem=small", "model.base_channels=8", "model.divisor=4", "model.in_channels=1",
+    "data.train_samples=64", "data.test_samples=32", "data.batch_size=32", "method.hidden_dim=16", "method.dim=8",
+    "train.epochs=1", "train.device=cpu", "train.threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _leave_torch_as_it_was() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        yield
+    torch.set_num_threads(threads)
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """What the user reads on standard error, on one line, of a command that ends with exit status 2."""
+    monkeypatch.setattr(sys, "argv", ["us3l", *map(str, arguments)])
+    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("Error: ") and "Traceback" not in text
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    output = run("pretrain", *TINY, f"checkpoint.dir={folder}")
+    assert "epochs: 1" in output and "epoch 1/1" in output
+    return folder / "step-000000002.pt"
+
+
+def test_help_needs_no_torch() -> None:
+    program = "import sys; from us3l.cli import app; sys.exit('torch' in sys.modules or 'omegaconf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    output = run("--help")
+    for command in ("pretrain", "evaluate", "calibrate", "profile", "doctor", "parity", "reproduce", "demo", "bench"):
+        assert command in output
+
+
+def test_pretrain_writes_what_it_says(trained: Path) -> None:
+    names = {path.name.partition(".")[0] for path in trained.parent.iterdir()}
+    assert names == {"config", "events", "step-000000002"}
+    assert "epochs: 1" in (trained.parent / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_resume_auto_goes_on_and_a_path_brings_its_configuration(trained: Path, tmp_path: Path) -> None:
+    assert "1 epochs and 0 batches are done" in run(
+        "pretrain", "--resume", "auto", *TINY, f"checkpoint.dir={trained.parent}"
+    )
+    output = run("pretrain", "--resume", trained, f"checkpoint.dir={tmp_path}")
+    assert "name: resnet_tiny" in output and "Resuming from" in output
+
+
+@pytest.mark.parametrize("probe", ["knn", "linear"])
+def test_evaluate(trained: Path, tmp_path: Path, probe: str) -> None:
+    file, plot = tmp_path / "rows.json", tmp_path / "plot.png"
+    output = run("evaluate", probe, trained, "--widths", "1.0,0.25", "--json", file, "--plot", plot)
+    assert probe in output and "0.25" in output
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["width"] for row in rows] == [1.0, 0.25]
+    assert all(0 <= row["accuracy"] <= 100 for row in rows) and rows[0]["macs"] > 4 * rows[1]["macs"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_calibrate_stores_statistics_that_evaluation_uses(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy.pt"
+    path.write_bytes(trained.read_bytes())
+    run("calibrate", path, "--widths", "0.5")
+    output = run("calibrate", path, "--widths", "0.25")
+    assert "0.5" in output and "0.25" in output
+    saved, before = checkpoints.load(path), checkpoints.load(trained)
+    assert set(saved["statistics"]) == {"0.5", "0.25"} and before["statistics"] is None
+    assert all(torch.equal(value, before["method"][key]) for key, value in saved["method"].items())
+
+    for mean, _ in saved["statistics"]["0.5"].values():
+        mean += 100.0  # so wrong that an evaluation which reads them must differ
+    checkpoints.save(path, saved)
+    files = []
+    for checkpoint in (trained, path):
+        files.append(tmp_path / f"{checkpoint.stem}.json")
+        run("evaluate", "linear", checkpoint, "--widths", "0.5", "--json", files[-1])
+    rows = [json.loads(file.read_text(encoding="utf-8"))["rows"][0]["accuracy"] for file in files]
+    assert rows[0] != rows[1]
+
+
+def test_profile_is_the_table_of_the_paper(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    output = run("profile", "resnet18", "--widths", "1.0,0.5", "--json", file)
+    assert re.search(r"11\.69 .*1814", output) and re.search(r"3\.06 .*483", output)
+    assert json.loads(file.read_text(encoding="utf-8"))["rows"][0]["params"] == 11689512
+    output = run("profile", "resnet18", "--input", 32, "--stem", "cifar", "--classes", 100)
+    assert re.search(r"0\.71 .*35", output)
+
+
+def test_doctor_lists_backends() -> None:
+    output = run("doctor")
+    assert all(name in output for name in ("torch", "native", "aten", "reference"))
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def test_parity_exits_with_1_above_a_tolerance() -> None:
+    arguments = ["parity", next(FIXTURES.glob("*simclr*.json")), "--backend", "aten", "--dtype", "float32"]
+    assert "all within tolerance" in run(*arguments)
+    assert "FAILED" in run(*arguments, "--tol-first", "1e-9", code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "train.epoch=3"], "did you mean 'train.epochs'"),
+        (["pretrain", "--config", "mini_usl"], "did you mean 'mini_us3l'"),
+        (["pretrain", "data.name=cifar10", "data.root=/nowhere"], "/nowhere"),
+        (["pretrain", "--resume", "missing.pt"], "no checkpoint at missing.pt"),
+        (["evaluate", "knn", "missing.pt"], "no checkpoint at missing.pt"),
+        (["evaluate", "knn", "missing.pt", "--widths", "1.0,x"], "--widths: expected numbers"),
+        (["calibrate", "missing.pt", "--widths", "1.5"], "widths in (0, 1]"),
+        (["profile", "resnet1"], "resnet18, resnet34"),
+        (["parity", "missing.json"], "missing.json"),
+        (["reproduce", "table2"], "expected table1, got 'table2'"),
+        (["reproduce", "table1", "--scale", "maxi"], "maxi"),
+    ],
+)
+def test_user_errors_are_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    assert message in fails(capsys, monkeypatch, *arguments)
+
+
+def test_the_network_of_a_checkpoint_cannot_be_overridden(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: Path
+) -> None:
+    text = fails(capsys, monkeypatch, "evaluate", "knn", trained, "model.divisor=8")
+    assert "model.divisor is part of the trained network" in text
+
+
+def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("us3l.engine.Trainer.fit", interrupted)
+    run("pretrain", *TINY, f"checkpoint.dir={tmp_path}", code=128 + signal.SIGINT)
+
+
+def test_warnings_are_short(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._show_warning(UserWarning("mind the gap"), UserWarning, "engine.py", 3)
+    cli._show_warning(DeprecationWarning("old"), DeprecationWarning, "other.py", 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["Warning: mind the gap", "Warning: old (DeprecationWarning at other.py:4)"]
+
+
+def test_bench_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr("benchmarks.cli.main", given.append)
+    run("bench", "step", "--model", "resnet18", "--help")
+    assert given == [["step", "--model", "resnet18", "--help"]]
