@@ -166,7 +166,8 @@ def run_cells(
     if len(missing) < len(todo):
         console.print(f"{len(todo) - len(missing)} of {len(todo)} runs are kept from before (in {folder})")
     if missing:
-        for cell, result in _run_parallel(missing, console, processes or os.cpu_count() or 1):
+        processes = min(processes or os.cpu_count() or 1, len(missing))
+        for cell, result in _run_parallel(missing, console, processes):
             write_json(folder / f"{cell.name}.json", result)
             results[cell] = result
     return [result for result in results.values() if result is not None]
@@ -203,22 +204,24 @@ def _run_parallel(todo: Sequence[Cell], console: Console, processes: int) -> Ite
         ProcessPoolExecutor(processes, context, _start_process, (queue,)) as pool,
     ):
         overall = progress.add_task("all runs", total=len(todo), unit="runs")
-        tasks: dict[str, TaskID] = {}
+        running: dict[Cell, TaskID] = {}
         pending = {pool.submit(_run_in_process, cell): cell for cell in todo}
         try:
             while pending:
                 done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                for name, epoch, epochs in _drain(queue):
-                    if name not in tasks:
-                        tasks[name] = progress.add_task(name, total=epochs, unit="epochs")
+                for cell, epoch, epochs in _drain(queue):
+                    if cell not in pending.values():  # this message came later than its result
+                        continue
+                    if cell not in running:
+                        running[cell] = progress.add_task(cell.name, total=epochs, unit="epochs")
                         if not console.is_terminal:
-                            console.print(f"training {name}")
-                    progress.update(tasks[name], completed=epoch)
+                            console.print(f"training {cell.name}")
+                    progress.update(running[cell], completed=epoch)
                 for future in done:
                     cell = pending.pop(future)
                     result = future.result()
-                    if cell.name in tasks:
-                        progress.remove_task(tasks[cell.name])
+                    if cell in running:
+                        progress.remove_task(running.pop(cell))
                     progress.advance(overall)
                     console.print(_line(cell, result))
                     yield cell, result
@@ -253,8 +256,8 @@ def _die_with_parent() -> None:
 
 def _run_in_process(cell: Cell) -> dict[str, Any]:
     epochs = cell.config().train.epochs
-    _queue.put((cell.name, 0, epochs))
-    return run_cell(cell, lambda epoch: _queue.put((cell.name, epoch, epochs)))
+    _queue.put((cell, 0, epochs))
+    return run_cell(cell, lambda epoch: _queue.put((cell, epoch, epochs)))
 
 
 def _drain(queue: Any) -> Iterator[Any]:
