@@ -56,7 +56,7 @@ class Monitor:
     def __init__(self, console: Console, directory: Path | None, epochs: int, batches: int, step: int) -> None:
         self.console = console
         self._directory = directory
-        self._epochs, self._batches = epochs, batches
+        self._epochs, self._batches, self._start = epochs, batches, step
         self._writer: SummaryWriter | None = None
         self._collapsed: set[str] = set()
         self._readings: Sequence[WidthReading] = []
@@ -81,7 +81,8 @@ class Monitor:
         if self._directory is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._writer = SummaryWriter(str(self._directory))
+            # What a killed run recorded behind its last checkpoint is about to be recorded again.
+            self._writer = SummaryWriter(str(self._directory), purge_step=self._start + 1)
         self._since = time.monotonic()
         self._progress.start()
         return self
