@@ -190,6 +190,8 @@ def extensions() -> dict[str, object]:
 
 if NATIVE:
     setup(**extensions())
+elif CUDA == "1":
+    sys.exit("us3l: US3L_CUDA=1, but US3L_NATIVE=0: the CUDA library needs the CPU one")
 else:
     say("US3L_NATIVE=0: no compiled kernels, operations run on PyTorch's own")
     remove_stale("_C")

@@ -79,6 +79,11 @@ def test_build_options_are_checked(name: str, value: str) -> None:
     assert f"us3l: {name}: expected one of" in done.stderr and repr(value) in done.stderr
 
 
+def test_cuda_without_the_cpu_library_is_an_error() -> None:
+    done = run("setup.py", "--version", US3L_NATIVE="0", US3L_CUDA="1")
+    assert done.returncode != 0 and "the CUDA library needs the CPU one" in done.stderr
+
+
 def test_one_version() -> None:
     declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared is not None and declared[1] == __version__
