@@ -73,6 +73,7 @@ _SLICED: dict[str, type[Sliced]] = {
     "torch.nn.modules.batchnorm.BatchNorm2d": SlicedBatchNorm2d,
     "torch.nn.modules.normalization.LayerNorm": SlicedLayerNorm,
     "timm.layers.norm_act.BatchNormAct2d": SlicedBatchNormAct2d,
+    "timm.layers.linear.Linear": SlicedLinear,
     "timm.layers.norm.LayerNorm": SlicedLayerNorm,
     "timm.layers.norm.LayerNorm2d": SlicedLayerNorm2d,
     "torchvision.models.convnext.LayerNorm2d": SlicedLayerNorm2d,
@@ -311,7 +312,7 @@ class _Trace(TorchDispatchMode):
 
     def _layer(self, name: str, module: Any) -> Callable[[Tensor], Tensor] | None:
         """The forward in place of `module`'s, for the layers whose channels are understood as a whole."""
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if type(module).__module__ == nn.modules.dropout.__name__:
             return lambda x: x
         sliced = _sliced_class(module)
         if sliced is SlicedConv2d:
@@ -467,7 +468,7 @@ class SlimReport:
         kinds = Counter(self.converted.values())
         lines = [f"{self.count} layers converted: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items())]
         if self.kept:
-            lines.append(f"{len(self.kept)} of them keep all their channels:")
+            lines.append(f"{len(self.kept)} with all their output channels at every width, because of:")
             lines += [f"  {name}: {reason}" for name, reason in self.kept.items()]
         if self.unreached:
             lines.append("not reached by the forward, and left alone: " + ", ".join(self.unreached))
@@ -574,8 +575,10 @@ def _convert(model: nn.Module, modules: Mapping[str, nn.Module], trace: _Trace) 
     ]
     for name, namesake in namesakes.items():
         _become(modules[name], namesake)
-    sets = {id(channels): channels for channels in trace.channels.values()}.values()
-    tied = [channels.layers for channels in sets if channels.kept is None and len(channels.layers) > 1]
+    sets: dict[_Channels, list[str]] = {}
+    for name, channels in trace.channels.items():
+        sets.setdefault(channels, []).append(name)
+    tied = [names for channels, names in sets.items() if channels.kept is None and len(names) > 1]
     model.residual_sums = tied  # type: ignore[assignment]
     return SlimReport(
         converted={name: type(namesake).__name__ for name, namesake in namesakes.items()},
