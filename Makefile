@@ -51,4 +51,6 @@ clean:
 	.venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python scripts/requirements.py list build run test > .venv/requirements.txt
 	.venv/bin/python -m pip install --progress-bar off -r .venv/requirements.txt
+	# The command `us3l` and the packages, from this checkout; `make build` compiles in place.
+	US3L_NATIVE=0 US3L_CUDA=0 .venv/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@

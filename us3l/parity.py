@@ -32,9 +32,9 @@ from us3l.errors import US3LError
 from us3l.methods import Method, build_method
 from us3l.schedule import group_alpha
 
-# In float32 the first update already leaves some ReLUs on the other side, which moves the next losses by
-# 0.005 or so: a tenth of their size, enough to tell another algorithm and no more.
-FIRST_TOLERANCES = {"float64": 1e-9, "float32": 0.3}
+# Of the losses before any update, and of those after one. In float32 the first update leaves some ReLUs on the other
+# side, which moves the next losses by 0.005 or so: a tenth of their size, enough to tell another algorithm and no more.
+FIRST_TOLERANCES = {"float64": (1e-9, 1e-9), "float32": (1e-4, 0.3)}
 
 _LOSSES = ("cosine", "infonce")
 _FILE = {"name": str, "config": dict, "steps": list, "parameters": dict}
@@ -144,7 +144,7 @@ def run_parity(
         backend: of the sliced operations; None for the automatic choice.
         dtype: float64, or float32, which repeats the first iteration only: its rounding, amplified, would say
             nothing about the later ones.
-        tol_first: largest error in the first iteration; None for the dtype's own.
+        tol_first: largest error in the first iteration; None for the dtype's own (FIRST_TOLERANCES).
         tol_later: largest error in the later iterations and of the final parameters.
 
     Raises:
@@ -159,17 +159,20 @@ def run_parity(
     _set_start(method, recorded)
     if dtype != "float64":
         recorded["steps"] = recorded["steps"][:1]
-    if tol_first is None:
-        tol_first = FIRST_TOLERANCES[dtype]
+    first = FIRST_TOLERANCES[dtype] if tol_first is None else (tol_first, tol_first)
     with nullcontext() if backend is None else us3l_kernels.backend(backend):
-        comparisons = _run(config, method, recorded, tol_first, tol_later)
+        comparisons = _run(config, method, recorded, first, tol_later)
     if dtype == "float64":
         comparisons += _compare_parameters(method, recorded, tol_later)
     return ParityReport(recorded["name"], backend or "auto", dtype, comparisons)
 
 
 def _run(
-    config: Config, method: Method, recorded: Mapping[str, Any], tol_first: float, tol_later: float
+    config: Config,
+    method: Method,
+    recorded: Mapping[str, Any],
+    tol_first: tuple[float, float],
+    tol_later: float,
 ) -> list[Comparison]:
     """The trainer's own steps, at a constant learning rate and alpha."""
     settings = recorded["config"]
@@ -185,13 +188,17 @@ def _run(
 
     comparisons = []
     for i, widths in enumerate(recorded["steps"]):
-        iteration, tolerance = ("first iteration", tol_first) if i == 0 else ("later iterations", tol_later)
         images = _images(i, settings["batch"], settings["size"]).to(dtype)
         regularisers.clear()
         losses = step(
             images, [entry["width"] for entry in widths], lr=settings["optimizer"]["lr"], alpha=alpha
         ).losses.tolist()
-        for entry, loss, value in zip(widths, losses, regularisers, strict=True):
+        for j, (entry, loss, value) in enumerate(zip(widths, losses, regularisers, strict=True)):
+            iteration, tolerance = ("later iterations", tol_later)
+            if i == 0:
+                iteration, tolerance = (
+                    ("before any update", tol_first[0]) if j == 0 else ("first iteration", tol_first[1])
+                )
             where = f"iteration {i + 1}, width {entry['width']}"
             comparisons.append(_compare(f"loss, {iteration}", where, entry["loss"], loss, tolerance))
             if regulariser is not None:

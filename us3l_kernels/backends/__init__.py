@@ -44,7 +44,7 @@ class Backend:
         return None
 
     def why_not(self, op: str, x: Tensor, weight: Tensor | None) -> str | None:
-        """Why this backend cannot run `op` on an input like `x` and parameters (or statistics) like `weight`; None if it can."""
+        """Why this backend cannot run `op` on x and parameters (or statistics) like `weight`; None if it can."""
         return None
 
     def can_run(self, op: str, x: Tensor, weight: Tensor | None, *, raise_error: bool = False) -> bool:
