@@ -199,6 +199,12 @@ _ELEMENTWISE = {"hardswish", "copy", "_to_copy", "detach", "alias", "expand", "n
 _NEW = {"new_empty", "new_zeros", "new_ones", "new_full"}  # read only the dtype and the device of x
 
 
+def _restates(x: Tensor, size: _Shape, stride: _Shape, storage_offset: int | None = None) -> bool:
+    """Whether as_strided gives back x itself, as global pooling of a channels_last input has it."""
+    same = [n == 1 or a == b for n, a, b in zip(size, stride, x.stride(), strict=False)]
+    return tuple(size) == x.shape and all(same) and storage_offset in (None, x.storage_offset())
+
+
 # ---------------------------------------------------------------------------------------------- the run
 # ---------------------------------------------------------------------------------------------- the run
 
@@ -285,12 +291,14 @@ class _Trace(TorchDispatchMode):
                 if prefix is not None:
                     self.keep(prefix, reason)
             return
-        one, other = self.channels[a.layer], self.channels[b.layer]
-        if one is other:
+        if self.channels[a.layer] is self.channels[b.layer]:
             return
-        for prefix, reason_of_other in ((a, other.kept), (b, one.kept)):
-            if reason_of_other is not None:
-                self.keep(prefix, reason_of_other)
+        for prefix, other in ((a, self.channels[b.layer]), (b, self.channels[a.layer])):
+            if other.kept is not None:
+                self.keep(prefix, other.kept)
+        order = list(self.channels)
+        tied = (self.channels[a.layer], self.channels[b.layer])
+        one, other = sorted(tied, key=lambda channels: order.index(channels.layers[0]))
         one.layers += other.layers
         one.step = math.lcm(one.step, other.step)
         self.channels.update(dict.fromkeys(other.layers, one))
@@ -392,19 +400,25 @@ class _Trace(TorchDispatchMode):
     # ------------------------------------------------------------------------------------------ other operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not self.paused:
-            self._follow(func, args, kwargs or {}, [t for t in tree_leaves(out) if isinstance(t, Tensor)])
-        return out
-
-    def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]) -> None:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = [t for t in tensors if t in self.prefixes]
         name = func._schema.name.removeprefix("aten::").removesuffix("_")  # relu and relu_ are one
-        if not known or name in _NEW:
-            return
         reason = f"{name} in {self._here()}"
-        if torch.Tag.pointwise in func.tags or name in _ELEMENTWISE:
+        if name == "as_strided" and _restates(*args, **kwargs):
+            name = "alias"
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            if self.width != 1.0:  # a size that is written into the model, perhaps
+                self._keep_all(known, reason)
+            raise
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if not known or name in _NEW:
+            pass
+        elif torch.Tag.pointwise in func.tags or name in _ELEMENTWISE:
             for result in results:
                 self._elementwise(tensors, result, reason)
         elif name in _MOVES:
@@ -413,8 +427,12 @@ class _Trace(TorchDispatchMode):
             for result in results:
                 self._move(_MOVES[name], x, {**arguments, **kwargs}, result, reason)
         else:
-            for t in known:
-                self.keep(self.prefixes[t], reason)
+            self._keep_all(known, reason)
+        return out
+
+    def _keep_all(self, tensors: Sequence[Tensor], reason: str) -> None:
+        for t in tensors:
+            self.keep(self.prefixes[t], reason)
 
     def _move(self, move: _Move, x: Tensor, arguments: Mapping[str, Any], result: Tensor, reason: str) -> None:
         prefix = self.prefixes[x]
@@ -490,7 +508,7 @@ def slim(
     without its classifier, whose features are its output, therefore keeps the features.
 
     model: any module; its forward takes one tensor, returns tensors, and must run on the meta device (no decision
-    on the values of a tensor). divisor: channels are rounded to it, see `us3l_kernels.width.make_divisible`.
+    on the values of a tensor; forward hooks run there too). divisor: channels are rounded to it, see `us3l_kernels.width.make_divisible`.
     example_input: what the forward takes, [N, C, H, W]; only its shape and dtype are used. None: [2, C, 224, 224], or
     the input size in timm's configuration of the model, with the channels of the first convolution.
     keep: names of modules; the layers in them keep all their output channels.
