@@ -306,16 +306,15 @@ def accuracy_table(results: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("")
     for width in WIDTHS:
         table.add_column(str(width), justify="right")
-    table.add_column("smallest spread", justify="right")
-    for width in WIDTHS:
-        table.add_column(f"paper {width}", justify="right", style="dim")
+    table.add_column("spread", justify="right")
+    table.add_column("paper, same widths", style="dim", no_wrap=True)
     for name, rows in series(results).items():
         accuracies = [f"{row['accuracy']:.1f}" for row in rows]
         if len(rows[0]["values"]) > 1:
             accuracies = [f"{a} ± {row['deviation']:.1f}" for a, row in zip(accuracies, rows, strict=True)]
         smallest = _smallest_spread({row["width"]: row for row in rows})
-        paper = ["-" if value is None else f"{value}" for value in ROWS[name].paper]
-        table.add_row(ROWS[name].title, *accuracies, f"{smallest:.2f}", *paper)
+        paper = " ".join("-" if value is None else f"{value}" for value in ROWS[name].paper)
+        table.add_row(ROWS[name].title, *accuracies, f"{smallest:.2f}", paper)
     return table
 
 
