@@ -29,8 +29,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import accumulate
-from operator import mul
 from typing import Any
 
 import torch
@@ -174,8 +172,7 @@ def _view(shape: _Shape, dim: int, arguments: _Arguments, out: _Shape) -> tuple[
     for new, size in enumerate(out):
         if seen == before and size != 1:
             merged, rest = divmod(size, shape[dim])
-            whole = merged in accumulate(shape[dim + 1 :], mul, initial=1)
-            return (new, merged) if whole and not rest else None
+            return None if rest else (new, merged)
         seen *= size
     return None
 
@@ -507,8 +504,9 @@ def slim(
     Layers whose channels some operation needs whole keep all of them; the report says which and why. A model
     without its classifier, whose features are its output, therefore keeps the features.
 
-    model: any module; its forward takes one tensor, returns tensors, and must run on the meta device (no decision
-    on the values of a tensor; forward hooks run there too). divisor: channels are rounded to it, see `us3l_kernels.width.make_divisible`.
+    model: any module; its forward takes one tensor, returns tensors, and must run on the meta device (no decision on
+    the values of a tensor; forward hooks run there too).
+    divisor: channels are rounded to it, see `us3l_kernels.width.make_divisible`.
     example_input: what the forward takes, [N, C, H, W]; only its shape and dtype are used. None: [2, C, 224, 224], or
     the input size in timm's configuration of the model, with the channels of the first convolution.
     keep: names of modules; the layers in them keep all their output channels.
