@@ -223,7 +223,7 @@ def _run_parallel(todo: Sequence[Cell], console: Console, processes: int) -> Ite
                     if cell in running:
                         progress.remove_task(running.pop(cell))
                     progress.advance(overall)
-                    console.print(_line(cell, result))
+                    console.print(_line(cell, result), soft_wrap=True)
                     yield cell, result
         finally:
             for future in pending:
@@ -232,7 +232,7 @@ def _run_parallel(todo: Sequence[Cell], console: Console, processes: int) -> Ite
 
 def _line(cell: Cell, result: Mapping[str, Any]) -> str:
     accuracies = "  ".join(f"{row['width']}: {row['accuracy']:.1f}" for row in result["rows"])
-    return f"{cell.name:<26} {result['seconds']:5.0f} s   linear accuracy (%) at  {accuracies}"
+    return f"{cell.name:<26} {result['seconds']:5.0f} s   accuracy  {accuracies}"
 
 
 _queue: Any = None  # of a worker process, to report its progress by
