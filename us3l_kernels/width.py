@@ -183,8 +183,7 @@ def set_width(model: nn.Module, width: Width) -> None:
     A plan may not give different channels to layers whose outputs are added: a model says which these are in
     an attribute `residual_sums: list[list[str]]` (names of convolutions or linear layers, relative to the
     module that defines it). Nothing is changed if the width is refused. Statistics are calibrated for the
-    width of a whole model:
-    to mix widths in it, use a plan, rather than one call for each part.
+    width of a whole model: to mix widths in it, use a plan, rather than one call for each part.
 
     Raises ValueError for a width outside (0, 1], an unknown name in a plan, a plan that breaks a residual
     sum, a width that a layer does not offer, or a model without sliced layers; TypeError for no number.

@@ -18,11 +18,10 @@ class SimCLR(Method):
     """The base loss compares projections directly; only sub-networks have a predictor, the auxiliary head.
 
     `target="momentum"`, `base_loss="infonce"` contrasts the student with the teacher (SimCLR_Momentum in the
-    published code). `target="live"` is SimCLR, with gradients through both views, as long as nothing is
-    distilled. With distillation, the live projections are the sub-networks' targets and constants, and the
-    base loss takes the same
-    constants: so it differs from the momentum target in nothing but where the targets come from, and its
-        gradient has the same scale, which is half of SimCLR's (the loss is the same).
+    published code). `target="live"` is SimCLR, with gradients through both views, as long as nothing is distilled.
+    With distillation, the live projections are the sub-networks' targets and constants, and the base loss takes
+    the same constants: so it differs from the momentum target in nothing but where the targets come from, and its
+    gradient has the same scale, which is half of SimCLR's (the loss is the same).
     """
 
     def __init__(self, encoder: Backbone, config: MethodConfig, **widths: Any) -> None:
