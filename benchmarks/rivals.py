@@ -34,7 +34,7 @@ class Settings:
     dim: int = 256
     temperature: float = 0.5
     teacher_momentum: float = 0.99
-    lr: float = 0.05
+    lr: float = 1e-4  # small: a large one feeds rounding back into the next width before results are compared
     momentum: float = 0.9
     weight_decay: float = 1e-4
     alpha: float = 0.05

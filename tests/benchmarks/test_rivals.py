@@ -18,7 +18,7 @@ from benchmarks.cli import app
 from benchmarks.harness import Mismatch, relative_error
 from benchmarks.rivals import Eager, Published, Settings, Standalone, Student, initial_weights
 
-TINY = Settings(model="resnet_tiny", hidden_dim=32, dim=16, dtype=torch.float64, lr=1e-3, weight_decay=0.1)
+TINY = Settings(model="resnet_tiny", hidden_dim=32, dim=16, dtype=torch.float64, weight_decay=0.1)
 
 
 def images(settings: Settings = TINY, batch: int = 4, size: int = 16, seed: int = 0) -> torch.Tensor:
