@@ -17,6 +17,9 @@ environment-%: .venv/.deps-stamp
 	@true
 endif
 
+# A process per core, of one thread each.
+PARALLEL := -n auto --maxprocesses 4
+
 .PHONY: help demo test test-all build lint clean
 help:
 	@echo "make demo       pre-train on the embedded images and evaluate the sub-networks"
@@ -31,10 +34,10 @@ demo: environment-build+run build
 	$(PY) -m us3l demo
 
 test: environment-build+run+test build lint
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 test-all: environment-build+run+test build lint
-	$(PY) -m pytest -m ""
+	$(PY) -m pytest $(PARALLEL) -m ""
 
 build: environment-build
 	$(PY) setup.py -q build_ext --inplace
