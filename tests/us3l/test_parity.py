@@ -219,7 +219,7 @@ def test_fixtures_in_float32_repeat_the_first_iteration(name: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({}, id="byol"),
+        pytest.param({}, id="byol", marks=pytest.mark.slow),
         pytest.param(
             {"base_loss": "infonce", "distillation_loss": "infonce"}, id="byol-infonce", marks=pytest.mark.slow
         ),
@@ -240,7 +240,8 @@ def test_mobilenet_v2_files(settings: dict[str, Any], tmp_path: Path) -> None:
     assert report.passed, report.largest()
 
 
-@pytest.mark.parametrize("aux_head", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("aux_head", [True, False])
 def test_resnet50_files(aux_head: bool, tmp_path: Path) -> None:
     method = {True: "simclr_momentum", False: "byol"}[aux_head]
     settings = _settings(model="resnet50", method=method, base_loss="infonce", distillation_loss="infonce")
