@@ -36,4 +36,14 @@ std::tuple<Tensor, Tensor> batch_norm_backward(
     const Tensor& mean, const Tensor& rstd, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
     bool need_grad_x, bool need_grad_residual, bool training, std::int64_t activation);
 
+// y = conv2d(x, weight[:out_channels, :c], bias[:out_channels]) with 3x3 filters, stride 1 and padding 1.
+//
+// x [N, c, H, W], float32, channels innermost, other strides free. weight [K, C, 3, 3] and bias [K], float32, any
+// strides. y is channels_last.
+Tensor conv2d_3x3(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::int64_t out_channels);
+
+// Adds to grad_weight[:k, :c] (any strides), where grad is [N, k, H, W]; returns dx, an empty tensor unless needed.
+Tensor conv2d_3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                           std::optional<Tensor> grad_weight, bool need_grad_x);
+
 }  // namespace us3l

@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
       "batch_norm_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
       "Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, bool need_grad_x, bool need_grad_residual, bool training, "
       "int activation) -> (Tensor, Tensor)");
+  m.def("conv2d_3x3(Tensor x, Tensor weight, Tensor? bias, int out_channels) -> Tensor");
+  m.def(
+      "conv2d_3x3_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, bool need_grad_x) "
+      "-> Tensor");
   // csrc/cuda/multi_tensor.cu
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] teachers, float lr, "
@@ -23,4 +27,6 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(us3l_native, CPU, m) {
   m.impl("batch_norm", TORCH_BOX(&us3l::batch_norm));
   m.impl("batch_norm_backward", TORCH_BOX(&us3l::batch_norm_backward));
+  m.impl("conv2d_3x3", TORCH_BOX(&us3l::conv2d_3x3));
+  m.impl("conv2d_3x3_backward", TORCH_BOX(&us3l::conv2d_3x3_backward));
 }

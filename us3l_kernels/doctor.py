@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -85,7 +86,11 @@ def _dtypes_of(name: str, op: str, device: str) -> list[torch.dtype]:
         x = torch.empty(2, 8, 4, 4, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
         x = x if op in ("conv2d", "batch_norm") else x.permute(0, 2, 3, 1)
         weight = torch.empty(8, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        if BACKENDS[name].can_run(op, x, weight):
+        arguments: dict[str, Any] = {}
+        if op == "conv2d":
+            weight = torch.empty(8, 8, 3, 3, dtype=dtype, device=device)
+            arguments = {"out_channels": 8, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
+        if BACKENDS[name].can_run(op, x, weight, **arguments):
             taken.append(dtype)
     return taken
 

@@ -19,22 +19,28 @@ ACTIVATIONS = (None, "relu", "relu6")
 ops = torch.ops.us3l
 
 
-def _pair(name: str, value: int | tuple[int, int] | list[int]) -> list[int]:
-    if isinstance(value, int):
-        return [value, value]
-    if len(value) != 2:
-        raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
-    return list(value)
+def _pair(name: str, value: int | tuple[int, int] | list[int], least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name}: expected an int or a pair of ints, at least {least}, got {value!r}")
+    return pair
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """What torch's autocast does to the input of a matrix product; the weights are cast slice by slice later on."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast, where it is on for x: not for float64, nor on the meta device, which has none."""
     device = x.device.type
-    if device == "meta":  # has no autocast to ask for
-        return x
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device) if x.is_floating_point() else None
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What torch's autocast does to a matrix product, but that float32 weights are cast slice by slice later on."""
+    dtype = _autocast_dtype(x)
+    if dtype is None:
+        return x, weight, bias
+    half = [t.to(dtype) if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in (weight, bias)]
+    return x.to(dtype), half[0], half[1]  # type: ignore[return-value]
 
 
 def _check_fits(op: str, name: str, x: Tensor, parameter: Tensor) -> None:
@@ -110,17 +116,23 @@ def conv2d(
             )
         out_channels = follows
     _check_active("conv2d", "out_channels", out_channels, weight.size(0))
-    x = _autocast(x)
+    x, weight, bias = _autocast(x, weight, bias)
     _check_parameters("conv2d", x, weight, bias)
-    geometry = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation))
+    geometry = {
+        "stride": _pair("stride", stride, 1),
+        "padding": _pair("padding", padding, 0),
+        "dilation": _pair("dilation", dilation, 1),
+    }
     for d in (0, 1):
-        reach = geometry[2][d] * (weight.size(2 + d) - 1) + 1
-        if x.size(2 + d) + 2 * geometry[1][d] < reach:
+        pad, dilated = geometry["padding"][d], geometry["dilation"][d]
+        reach = dilated * (weight.size(2 + d) - 1) + 1
+        if x.size(2 + d) + 2 * pad < reach:
             raise ValueError(
-                f"conv2d: x: expected at least {reach - 2 * geometry[1][d]} pixels in dimension {2 + d} for a kernel "
-                f"of {weight.size(2 + d)} with dilation {geometry[2][d]}, got {x.size(2 + d)}"
+                f"conv2d: x: expected at least {reach - 2 * pad} pixels in dimension {2 + d} for a kernel "
+                f"of {weight.size(2 + d)} with dilation {dilated}, got {x.size(2 + d)}"
             )
-    return ops.conv2d(x, weight, bias, out_channels, *geometry, groups, choose("conv2d", x, weight))
+    chosen = choose("conv2d", x, weight, out_channels=out_channels, groups=groups, **geometry)
+    return ops.conv2d(x, weight, bias, out_channels, *geometry.values(), groups, chosen)
 
 
 def linear(
@@ -144,20 +156,24 @@ def linear(
     in_features = x.size(-1) if in_features is None else in_features
     _check_active("linear", "in_features", in_features, min(x.size(-1), weight.size(1)))
     _check_active("linear", "out_features", out_features, weight.size(0))
-    x = _autocast(x)
+    x, weight, bias = _autocast(x, weight, bias)
     _check_parameters("linear", x, weight, bias)
     return ops.linear(x, weight, bias, out_features, in_features, choose("linear", x, weight))
 
 
 def _check_vectors(op: str, x: Tensor, channels: int, **vectors: Tensor | None) -> None:
-    for name, vector in vectors.items():
-        if vector is None:
-            continue
+    given = {name: vector for name, vector in vectors.items() if vector is not None}
+    for name, vector in given.items():
         if vector.dim() != 1 or vector.size(0) < channels:
             raise ValueError(
                 f"{op}: {name}: expected a full vector of at least {channels} elements, got {tuple(vector.shape)}"
             )
+        if vector.stride(0) != 1:
+            raise ValueError(f"{op}: {name}: expected a contiguous vector, got stride {vector.stride(0)}")
         _check_fits(op, name, x, vector)
+    if len({vector.dtype for vector in given.values()}) > 1:
+        dtypes = ", ".join(f"{name} {vector.dtype}" for name, vector in given.items())
+        raise TypeError(f"{op}: expected one dtype for all of {', '.join(given)}, got {dtypes}")
 
 
 def batch_norm(
@@ -188,6 +204,8 @@ def batch_norm(
     if x.dim() < 2:
         raise ValueError(f"batch_norm: x: expected [N, C, ...], got shape {tuple(x.shape)}")
     channels = x.size(1)
+    if channels == 0:
+        raise ValueError(f"batch_norm: x: expected at least one channel, got shape {tuple(x.shape)}")
     _check_vectors(
         "batch_norm",
         x,
@@ -199,11 +217,10 @@ def batch_norm(
     )
     if activation not in ACTIVATIONS:
         raise ValueError(f"batch_norm: activation: expected one of {ACTIVATIONS}, got {activation!r}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"batch_norm: residual: expected {tuple(x.shape)} {x.dtype} as x, "
-            f"got {tuple(residual.shape)} {residual.dtype}"
-        )
+    if residual is not None:
+        kind, expected = ((tuple(t.shape), t.dtype, t.device) for t in (residual, x))
+        if kind != expected:
+            raise ValueError(f"batch_norm: residual: expected shape, dtype and device of x, {expected}, got {kind}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("batch_norm: running_mean and running_var: expected both or neither")
     if not training and running_mean is None:
@@ -241,7 +258,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: fl
     """
     if x.dim() < 1:
         raise ValueError("layer_norm: x: expected [..., C], got a scalar")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.float()
+    if _autocast_dtype(x) is not None:
+        x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))  # type: ignore[assignment]
     _check_vectors("layer_norm", x, x.size(-1), weight=weight, bias=bias)
     return ops.layer_norm(x, weight, bias, eps, choose("layer_norm", x, weight))[0]

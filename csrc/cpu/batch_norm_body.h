@@ -1,30 +1,11 @@
 // The passes of batch norm, written once. Each batch_norm_<isa>.cpp includes this file inside a namespace of its own,
 // with LANES floats to a vector, under that instruction set's compiler options. So nothing here may be a function of
 // the standard library: the linker would keep one copy of it for all.
-//
-// Vectors are the compiler's own (GCC and clang), so that one text serves every instruction set. Columns that do not
-// fill a vector go to vectors of half the width, down to one lane: any number of channels, no masks.
 
-#define US3L_INLINE inline __attribute__((always_inline))
+#include "vector_body.h"
 
 // Rows whose partial sums are kept in float before they go to double.
 constexpr std::int64_t kBlockRows = 64;
-
-template <int W>
-struct Lanes {
-  typedef float Float __attribute__((vector_size(W * 4)));
-  typedef std::uint32_t Word __attribute__((vector_size(W * 4)));
-  typedef std::uint16_t Half __attribute__((vector_size(W * 2)));
-};
-template <int W>
-using Float = typename Lanes<W>::Float;
-
-template <int W>
-US3L_INLINE Float<W> load(const float* p) {
-  Float<W> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
 
 template <int W>
 US3L_INLINE Float<W> load(const BFloat16* p) {
@@ -32,11 +13,6 @@ US3L_INLINE Float<W> load(const BFloat16* p) {
   __builtin_memcpy(&half, p, sizeof half);
   const typename Lanes<W>::Word word = __builtin_convertvector(half, typename Lanes<W>::Word) << 16;
   return (Float<W>)word;
-}
-
-template <int W>
-US3L_INLINE void store(float* p, Float<W> v) {
-  __builtin_memcpy(p, &v, sizeof v);
 }
 
 // v as it reads after it was stored: to nearest even in bfloat16; a NaN stays one.
@@ -326,4 +302,3 @@ BatchNormKernels<T> batch_norm_kernels() {
 template BatchNormKernels<float> batch_norm_kernels();
 template BatchNormKernels<BFloat16> batch_norm_kernels();
 
-#undef US3L_INLINE

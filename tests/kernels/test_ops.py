@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from us3l_kernels import functional
+from us3l_kernels import functional, reference
 from us3l_kernels.backends import BACKENDS, OPS, BackendError, backend
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -69,8 +69,15 @@ def assert_prefix_gradient(parameter: Tensor, expected: Tensor, dtype: torch.dty
     assert torch.equal(outside, torch.zeros_like(outside))
 
 
-def runs(name: str, op: str, x: Tensor, weight: Tensor | None) -> None:
-    if not BACKENDS[name].can_run(op, x, weight):
+def arguments_of(out: int, options: dict) -> dict:
+    """What a backend is told of a convolution beside its tensors."""
+    pair = lambda v: [v, v] if isinstance(v, int) else list(v)  # noqa: E731
+    geometry = {k: pair(options.get(k, d)) for k, d in (("stride", 1), ("padding", 0), ("dilation", 1))}
+    return {"out_channels": out, "groups": options.get("groups", 1), **geometry}
+
+
+def runs(name: str, op: str, x: Tensor, weight: Tensor | None, **arguments) -> None:
+    if not BACKENDS[name].can_run(op, x, weight, **arguments):
         pytest.skip(f"{name} does not take {op} for {x.dtype}")
 
 
@@ -109,7 +116,7 @@ def convolution(case: str, dtype: torch.dtype, layout: str, bias: bool):
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_conv2d(on, case, layout, dtype):
     x, weight, b, out, options, xd, inner, inner_b, expected = convolution(case, dtype, layout, bias=True)
-    runs(on, "conv2d", x, weight)
+    runs(on, "conv2d", x, weight, **arguments_of(out, options))
     with backend(f"conv2d={on}"):
         y = functional.conv2d(x, weight, b, out_channels=out, **options)
     assert_close(y, expected, dtype)
@@ -125,14 +132,12 @@ def test_conv2d(on, case, layout, dtype):
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_conv2d_backward_writes_only_the_slice(on, case):
     x, weight, _, out, options, xd, inner, _, expected = convolution(case, torch.float32, "channels_last", bias=False)
-    runs(on, "conv2d", x, weight)
+    runs(on, "conv2d", x, weight, **arguments_of(out, options))
     grad = random(*expected.shape, dtype=torch.float32)
     expected.backward(grad.double())
     gw, gb = torch.full_like(weight, CANARY), torch.full((weight.size(0),), CANARY)
-    pair = [
-        [v, v] if isinstance(v, int) else list(v)
-        for v in (options.get(k, d) for k, d in (("stride", 1), ("padding", 0), ("dilation", 1)))
-    ]
+    arguments = arguments_of(out, options)
+    pair = [arguments[k] for k in ("stride", "padding", "dilation")]
     inputs = [t.detach().clone(memory_format=torch.preserve_format) for t in (grad, x, weight)]
     torch.ops.us3l.conv2d_backward(
         grad, x.detach(), weight.detach(), gw, gb, False, *pair, options.get("groups", 1), on
@@ -324,19 +329,12 @@ def test_conv2d_any_shape(data):
     expected = F.conv2d(xd, inner, None, stride, padding, dilation, c // (full_in // groups) if groups > 1 else 1)
     grad = random(*expected.shape)
     expected.backward(grad)
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     for name, candidate in BACKENDS.items():
-        if candidate.can_run("conv2d", x, weight):
+        if candidate.can_run("conv2d", x, weight, **arguments_of(out, options)):
             x.grad = weight.grad = None
             with backend(f"conv2d={name}"):
-                y = functional.conv2d(
-                    x,
-                    weight,
-                    out_channels=out,
-                    stride=stride,
-                    padding=padding,
-                    dilation=dilation,
-                    groups=groups,
-                )
+                y = functional.conv2d(x, weight, out_channels=out, **options)
             y.backward(grad)
             assert_close(y, expected, torch.float64)
             assert_close(x.grad, xd.grad, torch.float64)
@@ -402,7 +400,8 @@ def test_opcheck(on, channels_last, requires_grad):
     tensors = [t.requires_grad_(requires_grad) for t in (x, weight, vector, matrix)]
     x, weight, vector, matrix = tensors
     running = [torch.zeros(12, dtype=dtype), torch.ones(12, dtype=dtype)]
-    pairs = ([2, 1], [1, 1], [1, 1])
+    pairs = ([1, 1] if on == "native" else [2, 1], [1, 1], [1, 1])
+    arguments = {"conv2d": arguments_of(9, dict(zip(("stride", "padding", "dilation"), pairs, strict=True)))}
     samples = {
         "conv2d": (x, weight, vector, 9, *pairs, 1, on),
         "linear": (x.flatten(1)[:, :6], matrix, vector, 9, 6, on),
@@ -410,9 +409,9 @@ def test_opcheck(on, channels_last, requires_grad):
         "layer_norm": (x.flatten(1)[:, :12], vector, vector, 1e-5, on),
     }
     for name, sample in samples.items():
-        if BACKENDS[on].can_run(name, sample[0], sample[1]):
+        if BACKENDS[on].can_run(name, sample[0], sample[1], **arguments.get(name, {})):
             torch.library.opcheck(getattr(torch.ops.us3l, name).default, sample)
-    y = torch.randn(4, 9, 3, 5)
+    y = torch.randn(4, 9, 5 if on == "native" else 3, 5)
     plain = [t.detach() for t in (x, weight, vector, matrix)]
     backward = {
         "conv2d": (
@@ -445,7 +444,8 @@ def test_opcheck(on, channels_last, requires_grad):
         ),
     }
     for op, (name, sample) in backward.items():
-        if BACKENDS[on].can_run(op, sample[1], sample[2] if op != "batch_norm" else sample[3]):
+        weight_of = sample[2] if op != "batch_norm" else sample[3]
+        if BACKENDS[on].can_run(op, sample[1], weight_of, **arguments.get(op, {})):
             torch.library.opcheck(
                 getattr(torch.ops.us3l, name).default, sample, test_utils=["test_schema", "test_faketensor"]
             )
@@ -547,6 +547,41 @@ def test_autocast_gives_float32_gradients_to_float32_weights():
     assert torch.equal(weight.grad[4:], torch.zeros(4, 6, 3, 3))
 
 
+@pytest.mark.parametrize("parameters", ["half", "float32", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("on", BACKENDS)
+def test_norms_keep_float32_statistics_of_half_precision_images(on, dtype, parameters):
+    """mean and rstd of a half precision x are float32 whatever the parameters are, as the fakes promise."""
+    kind = {"half": dtype, "float32": torch.float32}.get(parameters)
+    x = (torch.randn(6, 8, 3, 3) + 30).to(dtype).contiguous(memory_format=torch.channels_last)
+    w, b = (None if kind is None else torch.rand(12).to(kind) for _ in range(2))
+    running = [t.to(kind or torch.float32) for t in (torch.zeros(12), torch.ones(12))]
+    sample = (x, w, b, *running, None, True, 0.1, 1e-5, 2, "relu", on)
+    if BACKENDS[on].can_run("batch_norm", x, running[0]):
+        torch.library.opcheck(torch.ops.us3l.batch_norm.default, sample)
+        wide = [None if t is None else t.double() for t in (x, w, b)]
+        expected = reference.batch_norm(*wide, None, None, None, True, 0.1, 1e-5, 2, "relu")
+        y, mean, rstd = torch.ops.us3l.batch_norm(*sample)
+        assert_close(y, expected[0], dtype)
+        assert_close(mean, expected[1], torch.float32)
+        assert_close(rstd, expected[2], torch.float32, factor=10)  # of a variance, beside a mean of 30
+    flat = x.flatten(1)[:, :12]
+    if BACKENDS[on].can_run("layer_norm", flat, w):
+        torch.library.opcheck(torch.ops.us3l.layer_norm.default, (flat, w, b, 1e-5, on))
+
+
+def test_half_precision_modules_compile_and_run_under_autocast():
+    for dtype in (torch.bfloat16, torch.float16):
+        network, x = Network().to(dtype), torch.randn(4, 6, 5, 5, dtype=dtype)
+        expected = network(x, 12)
+        torch.testing.assert_close(torch.compile(network, fullgraph=True)(x, 12), expected, rtol=5e-2, atol=5e-2)
+        with torch.autocast("cpu", torch.bfloat16):
+            linear, norm = torch.nn.Linear(12, 7).to(dtype), torch.nn.LayerNorm(12).to(dtype)
+            y = torch.randn(3, 12, dtype=dtype)
+            assert torch.equal(functional.linear(y, linear.weight, linear.bias), linear(y))
+            assert torch.equal(functional.layer_norm(y, norm.weight, norm.bias), norm(y))
+
+
 def test_full_width_is_bit_equal_to_torch():
     x = torch.randn(4, 8, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
     conv, norm = torch.nn.Conv2d(8, 16, 3, padding=1), torch.nn.BatchNorm2d(16)
@@ -603,6 +638,15 @@ BAD = [
         "more than 1 value per channel",
     ),
     (lambda: functional.batch_norm(X, None, None, torch.zeros(4), training=True), "both or neither"),
+    (lambda: functional.conv2d(X, W, stride=0), "stride: expected an int or a pair of ints, at least 1"),
+    (lambda: functional.conv2d(X, W, padding=-1), "padding: expected an int or a pair of ints, at least 0"),
+    (lambda: functional.batch_norm(X[:, :0], None, None, training=True), "at least one channel"),
+    (lambda: functional.batch_norm(X, None, None, training=True, residual=X.to("meta")), "device of x"),
+    (lambda: functional.batch_norm(X, torch.ones(8)[::2], None, training=True), "contiguous vector, got stride 2"),
+    (
+        lambda: functional.batch_norm(X.bfloat16(), torch.ones(4), torch.ones(4).bfloat16(), training=True),
+        "one dtype for all of weight, bias",
+    ),
     (lambda: functional.layer_norm(X, torch.ones(4), None), "weight: expected a full vector of at least 5"),
 ]
 

@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,17 +44,27 @@ class Backend:
         """Why this backend cannot run here at all (a missing library, say); None if it can."""
         return None
 
-    def why_not(self, op: str, x: Tensor, weight: Tensor | None) -> str | None:
-        """Why this backend cannot run `op` on x and parameters (or statistics) like `weight`; None if it can."""
+    def why_not(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
+        """Why this backend cannot run `op` on x and parameters (or statistics) like `weight`; None if it can.
+
+        `arguments` are those of the operator that decide it: out_channels, stride, padding, dilation and groups of a
+        convolution, none otherwise.
+        """
         return None
 
-    def can_run(self, op: str, x: Tensor, weight: Tensor | None, *, raise_error: bool = False) -> bool:
+    def why_slower(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
+        """Why `auto` passes this backend over for an input that it can run: the next was measured to be faster."""
+        return None
+
+    def can_run(
+        self, op: str, x: Tensor, weight: Tensor | None, *, raise_error: bool = False, **arguments: Any
+    ) -> bool:
         """Whether the backend takes `op` for these tensors; with `raise_error`, a BackendError tells the reason."""
         reason = self.unavailable()
         if reason is None and op not in self.ops:
             reason = f"it has no {op}"
         if reason is None:
-            reason = self.why_not(op, x, weight)
+            reason = self.why_not(op, x, weight, **arguments)
         if reason is not None and raise_error:
             raise BackendError(
                 f"backend {self.name!r} was asked for and cannot run {op}: {reason}. "
@@ -202,17 +213,22 @@ def backend(spec: str) -> Iterator[None]:
         _requested = before
 
 
-def choose(op: str, x: Tensor, weight: Tensor | None) -> str:
-    """The name of the backend for `op`: the requested one (or an error), else the first that can run it."""
+def choose(op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str:
+    """The name of the backend for `op`: the requested one (or an error), else the first that can run it well.
+
+    arguments: see `Backend.why_not`.
+    """
     requested = _requested[op]
     if requested != "auto":
-        BACKENDS[requested].can_run(op, x, weight, raise_error=True)
+        BACKENDS[requested].can_run(op, x, weight, raise_error=True, **arguments)
         return requested
     for name, candidate in BACKENDS.items():
-        if candidate.can_run(op, x, weight):
+        runs = candidate.can_run(op, x, weight, **arguments)
+        if runs and candidate.why_slower(op, x, weight, **arguments) is None:
             return name
         if not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
-            reason = candidate.unavailable() or candidate.why_not(op, x, weight)
+            why = candidate.why_slower if runs else candidate.why_not
+            reason = candidate.unavailable() or why(op, x, weight, **arguments)
             log.debug("%s: not on %s: %s", op, name, reason or "not implemented")
     raise BackendError(
         f"no backend can run {op} for dtype {x.dtype} on {x.device}; the DEBUG log of 'us3l_kernels' says why not"

@@ -7,6 +7,7 @@ weight: one compact copy of the slice for a convolution, none for a matrix produ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,23 @@ from us3l_kernels.reference import activation_mask, active_conv_weight
 aten = torch.ops.aten
 
 
+def _statistics_like(x: Tensor, channels: int, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The prefixes of a norm's vectors, in float32 for a half precision x.
+
+    ATen keeps mean and rstd in the dtype of the parameters, and in that of x where there is no weight: bfloat16 would
+    lose them. The first vector is the weight; ones stand for a missing one.
+    """
+    prefixes = [None if v is None else v[:channels] for v in vectors]
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return prefixes
+    wide = [None if v is None else v.float() for v in prefixes]
+    return [x.new_ones(channels, dtype=torch.float32) if wide[0] is None else wide[0], *wide[1:]]
+
+
 class AtenBackend(Backend):
     name = "aten"
 
-    def why_not(self, op: str, x: Tensor, weight: Tensor | None) -> str | None:
+    def why_not(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
         if op not in ("batch_norm", "layer_norm") or weight is None or weight.dtype == x.dtype:
             return None
         if weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
@@ -126,11 +140,14 @@ class AtenBackend(Backend):
         activation: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         c = x.size(1)
-        w, b, rm, rv = (None if t is None else t[:c] for t in (weight, bias, running_mean, running_var))
+        w, b, rm, rv = _statistics_like(x, c, (weight, bias, running_mean, running_var))
         if training:
             parts = [torch.native_batch_norm(view, w, b, rm, rv, True, momentum, eps) for view in x.chunk(views)]
             y = parts[0][0] if views == 1 else torch.cat([p[0] for p in parts])
             mean, rstd = torch.stack([p[1] for p in parts]), torch.stack([p[2] for p in parts])
+            for given, used in ((running_mean, rm), (running_var, rv)):
+                if given is not None and used is not None and given.dtype != used.dtype:
+                    given[:c].copy_(used)
         else:
             assert rm is not None and rv is not None
             y = torch.native_batch_norm(x, w, b, rm, rv, False, momentum, eps)[0]
@@ -161,7 +178,7 @@ class AtenBackend(Backend):
         activation: str | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         c = x.size(1)
-        w = None if weight is None else weight[:c]
+        (w,) = _statistics_like(x, c, (weight,))
         if activation == "relu":
             grad = aten.threshold_backward(grad, y, 0)
         elif activation is not None:
@@ -195,7 +212,7 @@ class AtenBackend(Backend):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         c = x.size(-1)
-        w, b = (None if t is None else t[:c] for t in (weight, bias))
+        w, b = _statistics_like(x, c, (weight, bias))
         y, mean, rstd = torch.native_layer_norm(x, [c], w, b, eps)
         return y, mean, rstd
 
@@ -212,7 +229,7 @@ class AtenBackend(Backend):
     ) -> Tensor | None:
         c = x.size(-1)
         # ATen gives the gradient of the bias only to a call that has one; a zero vector stands in for it.
-        w = None if weight is None else weight[:c]
+        (w,) = _statistics_like(x, c, (weight,))
         mask = [need_grad_x, grad_weight is not None, grad_bias is not None]
         b = mean.new_zeros(c, dtype=(x if w is None else w).dtype) if grad_bias is not None else None
         dx, dw, db = aten.native_layer_norm_backward(grad, x, [c], mean, rstd, w, b, mask)

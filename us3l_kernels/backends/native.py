@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,8 @@ from us3l_kernels import _native
 from us3l_kernels.backends import Backend
 
 native = torch.ops.us3l_native
+
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
 
 # The codes of csrc/ops.h.
 _ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
@@ -32,23 +37,103 @@ def _is_rows(x: Tensor) -> bool:
     return True
 
 
+def _why_not_conv2d(
+    x: Tensor,
+    weight: Tensor | None,
+    *,
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
+    assert weight is not None
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return f"it takes float32, x is {x.dtype} and the weight {weight.dtype}"
+    if tuple(weight.shape[2:]) != (3, 3) or groups != 1:
+        return f"it takes 3x3 kernels and one group, the kernel is {tuple(weight.shape[2:])} and groups {groups}"
+    if list(stride) != [1, 1] or list(padding) != [1, 1] or list(dilation) != [1, 1]:
+        return (
+            "it takes stride 1, padding 1 and dilation 1, "
+            f"got {list(stride)}, {list(padding)} and {list(dilation)}"
+        )
+    if x.stride(1) != 1 and x.size(1) > 1:
+        return f"it takes channels_last (channels innermost), x has shape {tuple(x.shape)} and strides {x.stride()}"
+    return None
+
+
+def _why_not_batch_norm(x: Tensor, weight: Tensor | None) -> str | None:
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, x is {x.dtype}"
+    if weight is not None and weight.dtype != torch.float32:
+        return f"it takes float32 parameters, the weight is {weight.dtype}"
+    if not _is_rows(x):
+        return f"it takes channels_last (channels innermost), x has shape {tuple(x.shape)} and strides {x.stride()}"
+    return None
+
+
 class NativeBackend(Backend):
     name = "native"
-    ops = ("batch_norm",)
+    ops = ("conv2d", "batch_norm")
 
     def unavailable(self) -> str | None:
         return None if _native.load() is not None else f"the compiled library is not there ({_native.why})"
 
-    def why_not(self, op: str, x: Tensor, weight: Tensor | None) -> str | None:
+    def why_not(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
         if x.device.type != "cpu":
             return f"its kernels are for the CPU, x is on {x.device}"
-        if x.dtype not in (torch.float32, torch.bfloat16):
-            return f"it takes float32 and bfloat16, x is {x.dtype}"
-        if weight is not None and weight.dtype != torch.float32:
-            return f"it takes float32 parameters, the weight is {weight.dtype}"
-        if not _is_rows(x):
-            return f"it takes channels_last (channels innermost), x has shape {tuple(x.shape)} and strides {x.stride()}"
+        return _why_not_conv2d(x, weight, **arguments) if op == "conv2d" else _why_not_batch_norm(x, weight)
+
+    def why_slower(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
+        if op != "conv2d":
+            return None
+        if _CAPABILITY not in ("AVX2", "AVX512"):
+            return f"its convolution was measured with AVX2 and AVX-512, this CPU has {_CAPABILITY}"
+        assert weight is not None
+        channels, out_channels = x.size(1), arguments["out_channels"]
+        if channels < 8:
+            return f"a Winograd convolution of fewer than 8 channels ran at 0.7 to 1.2x ATen, x has {channels}"
+        tiles = x.size(0) * ((x.size(2) + 3) // 4) * ((x.size(3) + 3) // 4)
+        if tiles < 8 and channels * out_channels >= 64 * 64:
+            return (
+                "transforming 64 x 64 filters and more for fewer than 8 tiles of 4x4 pixels ran at 0.6 to 1.0x ATen, "
+                f"there are {channels} x {out_channels} for {tiles}"
+            )
         return None
+
+    def conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out_channels: int,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        y: Tensor = native.conv2d_3x3(x, weight, bias, out_channels)
+        return y
+
+    def conv2d_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        need_grad_x: bool,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor | None:
+        if grad_bias is not None:
+            grad_bias[: grad.size(1)].add_(grad.sum((0, 2, 3)))
+        if grad_weight is None and not need_grad_x:
+            return None
+        dx = native.conv2d_3x3_backward(grad, x, weight, grad_weight, need_grad_x)
+        return dx if need_grad_x else None
 
     def batch_norm(
         self,

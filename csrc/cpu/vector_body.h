@@ -1,0 +1,28 @@
+// What the bodies (files that are compiled once per instruction set) share. Included before them, inside the namespace
+// of the instruction set, where LANES is the number of floats to a vector.
+//
+// Vectors are the compiler's own (GCC and clang), so that one text serves every instruction set. Channels that do not
+// fill a vector go to vectors of half the width, down to one lane: any number of channels, no masks.
+
+#define US3L_INLINE inline __attribute__((always_inline))
+
+template <int W>
+struct Lanes {
+  typedef float Float __attribute__((vector_size(W * 4)));
+  typedef std::uint32_t Word __attribute__((vector_size(W * 4)));
+  typedef std::uint16_t Half __attribute__((vector_size(W * 2)));
+};
+template <int W>
+using Float = typename Lanes<W>::Float;
+
+template <int W>
+US3L_INLINE Float<W> load(const float* p) {
+  Float<W> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <int W>
+US3L_INLINE void store(float* p, Float<W> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}

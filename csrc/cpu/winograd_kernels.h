@@ -1,0 +1,115 @@
+// Winograd convolution F(4x4, 3x3): its transforms and its matrix product, and the table that holds them per
+// instruction set. No torch headers.
+//
+//   forward   Y = A' [(G W G') . (B' X B)] A      per tile of 4x4 outputs; the product is elementwise over 6x6 positions,
+//   backward  M = A dY A',  dX = B [M . U] B',  dW = G' [sum M . V] G      and a matrix product over the channels in each
+//
+// Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015. The backward is the exact adjoint: M serves
+// both gradients, and dX is added up where the 6x6 windows of neighbouring tiles overlap.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace us3l {
+
+constexpr std::int64_t kPositions = 36;
+
+// The tiles of a batch of images, in the order image, row, column. The last row and column may hang over.
+struct Grid {
+  std::int64_t images, height, width, rows, columns;
+
+  Grid(std::int64_t images, std::int64_t height, std::int64_t width)
+      : images(images), height(height), width(width), rows((height + 3) / 4), columns((width + 3) / 4) {}
+  std::int64_t tiles_of_image() const { return rows * columns; }
+  std::int64_t tiles() const { return images * tiles_of_image(); }
+};
+
+struct Tiles {
+  std::int64_t first, count;
+};
+
+// Images with channels innermost; distances in elements.
+template <class T>
+struct Pixels {
+  T* data;
+  std::int64_t channels, image, row, pixel;
+};
+
+// 36 matrices of tiles x channels, one for each position of the transformed tile. Rows may be longer than the channels;
+// what is there is computed with (whole vectors), and never used.
+struct Stack {
+  float* data;
+  std::int64_t position, row;
+
+  Stack from_row(std::int64_t i) const { return {data + i * row, position, row}; }
+};
+
+// 3x3 filters seen as a matrix of rows x lanes of them: the lanes are the channels that go into a vector.
+template <class T>
+struct Filters {
+  T* data;
+  std::int64_t rows, lanes;               // how many
+  std::int64_t row, lane, tap_y, tap_x;  // distances in elements
+};
+
+// a(i, k) = data[i * row + k * column]
+struct Matrix {
+  const float* data;
+  std::int64_t row, column;
+};
+
+// b(k, panel * lanes + j) = data[panel * panel_distance + k * row + j]
+struct Panels {
+  const float* data;
+  std::int64_t panel, row;
+};
+
+struct WinogradKernels {
+  std::int64_t lanes;  // channels to a panel
+
+  // c(i, :) = or += sum over k < depth of a(i, k) b(k, :), for whole panels; `add` says which.
+  void (*multiply)(std::int64_t rows, std::int64_t panels, std::int64_t depth, Matrix a, Panels b, float* c,
+                   std::int64_t c_row, bool add);
+
+  // G w G' of one panel: at most `lanes` lanes, the rest is zero. u [36][rows][lanes], its positions `position` apart.
+  void (*transform_filters)(Filters<const float> w, float* u, std::int64_t position);
+
+  // Adds G' u G, where u [36][rows][row] is the sum of `copies` such stacks.
+  void (*add_filter_gradients)(Stack u, std::int64_t copies, std::int64_t copy, Filters<float> w);
+
+  void (*transform_input)(Grid grid, Tiles tiles, Pixels<const float> x, Stack v);             // v = B' x B
+  void (*transform_output)(Grid grid, Tiles tiles, Stack m, const float* bias, Pixels<float> y);  // y = A' m A + bias
+  void (*transform_gradient)(Grid grid, Tiles tiles, Pixels<const float> dy, Stack m);         // m = A dy A'
+
+  // dx = the overlapping sum of B v B'. The tiles of an image come in order: its first one clears dx, which is dense.
+  void (*add_input_gradients)(Grid grid, Tiles tiles, Stack v, Pixels<float> dx);
+};
+
+namespace portable {
+WinogradKernels winograd_kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+WinogradKernels winograd_kernels();
+}
+namespace avx512 {
+WinogradKernels winograd_kernels();
+}
+#endif
+
+inline WinogradKernels winograd_kernels() {
+  switch (isa()) {
+#if defined(__x86_64__)
+    case Isa::avx512:
+      return avx512::winograd_kernels();
+    case Isa::avx2:
+      return avx2::winograd_kernels();
+#endif
+    default:
+      return portable::winograd_kernels();
+  }
+}
+
+}  // namespace us3l
