@@ -253,12 +253,13 @@ def batch_norm(
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float = 1e-5) -> Tensor:
     """Normalise the last dimension of x [..., c], then scale and shift by the prefixes weight[:c], bias[:c].
 
-    weight, bias: [C], full, or None. Under autocast it runs in float32, as torch.nn.functional.layer_norm does.
+    weight, bias: [C], full, or None. Under autocast it runs as torch.nn.functional.layer_norm does: in
+    float32 on a GPU, in the dtype of x on a CPU.
     Returns x's shape, contiguous. Source: Ba, Kiros and Hinton, 2016.
     """
     if x.dim() < 1:
         raise ValueError("layer_norm: x: expected [..., C], got a scalar")
-    if _autocast_dtype(x) is not None:
+    if _autocast_dtype(x) is not None and x.device.type != "cpu":
         x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))  # type: ignore[assignment]
     _check_vectors("layer_norm", x, x.size(-1), weight=weight, bias=bias)
     return ops.layer_norm(x, weight, bias, eps, choose("layer_norm", x, weight))[0]

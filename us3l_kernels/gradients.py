@@ -13,7 +13,8 @@ communication of a step.
     optimizer.step()                        # us3l_kernels.optim: parameters that nothing touched are skipped
     buffer.zero_()                          # or optimizer.zero_grad(), either form
 
-`.grad` stays an ordinary tensor: clipping, GradScaler and stock optimizers work. What cannot work on an attached
+`.grad` stays an ordinary tensor: clipping, GradScaler and stock optimizers work. So does a stock `zero_grad()`; it
+lets go of the gradients only, and `flat` follows with the next backward. What cannot work on an attached
 model says so: `torch.autograd.grad` with respect to an attached parameter, tensor hooks on one, and
 DistributedDataParallel (the flat buffer is the bucket: reduce it once).
 """
@@ -21,6 +22,7 @@ DistributedDataParallel (the flat buffer is the bucket: reduce it once).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +38,13 @@ class Slot:
     the buffer was last zeroed; our optimizers skip an untouched parameter as if its gradient were None.
     """
 
-    def __init__(self, parameter: nn.Parameter, name: str, view: Tensor) -> None:
+    def __init__(self, buffer: GradientBuffer, parameter: nn.Parameter, name: str, view: Tensor) -> None:
+        self.buffer = buffer
         self.parameter = parameter
         self.name = name
         self.view = view
         self.touched = False
+        self.zero = True  # nothing has been written since the view was last zeroed
         self._address = view.data_ptr()
         self._kind = (parameter.shape, parameter.dtype, parameter.device)
         self._accumulate = torch.autograd.graph.get_gradient_edge(parameter).node
@@ -70,7 +74,7 @@ class Slot:
                 "Remove them, or us3l_kernels.gradients.detach(model) first"
             )
         self._link()
-        self.touched = True
+        self.touched, self.zero = True, False
         return self.view
 
     def refuse_ddp(self) -> None:
@@ -88,8 +92,8 @@ class Slot:
         if grad is self.view:
             return
         if grad is None:
+            self.buffer.zero_released_()
             self.view.zero_()
-            self.touched = False
         else:
             self.view.copy_(grad)
         self.parameter.grad = self.view
@@ -100,13 +104,21 @@ class Slot:
         if grad is None:
             return
         if grad is not self.view:
+            self.buffer.zero_released_()
             self.view.copy_(grad)
             parameter.grad = self.view
-        self.touched = True
+        self.touched, self.zero = True, False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _not_attached, ()  # a saved model is not attached, as a copied one is not
 
     def release(self) -> None:
         self._hook.remove()
         del self.parameter._us3l_slot  # type: ignore[attr-defined]
+
+
+def _not_attached() -> None:
+    return None
 
 
 class GradientBuffer:
@@ -136,7 +148,7 @@ class GradientBuffer:
         self.slots: list[Slot] = []
         for (name, p), start in zip(named, starts, strict=True):
             strides = torch.empty_like(p, device="meta").stride()  # the parameter's own, made dense
-            slot = Slot(p, name, self.flat.as_strided(p.shape, strides, start))
+            slot = Slot(self, p, name, self.flat.as_strided(p.shape, strides, start))
             p._us3l_slot = slot  # type: ignore[attr-defined]
             self.slots.append(slot)
         self.zero_()
@@ -145,8 +157,15 @@ class GradientBuffer:
         """Zero every gradient, clear every touched flag, make every `.grad` the view it should be."""
         self.flat.zero_()
         for slot in self.slots:
-            slot.touched = False
+            slot.touched, slot.zero = False, True
             slot.parameter.grad = slot.view
+
+    def zero_released_(self) -> None:
+        """Zero what `zero_grad(set_to_none=True)` of a model or a stock optimizer let go of, and left in `flat`."""
+        for slot in self.slots:
+            if slot.parameter.grad is None and not slot.zero:
+                slot.view.zero_()
+                slot.touched, slot.zero = False, True
 
 
 def attach(model: nn.Module) -> GradientBuffer:

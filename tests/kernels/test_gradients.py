@@ -92,6 +92,7 @@ def test_nothing_is_written_outside_the_slice(setup):
 def test_both_forms_of_zero_grad(setup, by, set_to_none):
     network, x, grad = setup
     buffer = attach(network)
+    network(x, spare=True).backward(grad)  # what must be forgotten, in layers that later steps never reach too
     zeroer = {
         "model": network,
         "stock optimizer": torch.optim.SGD(network.parameters(), 0.1),
@@ -105,6 +106,8 @@ def test_both_forms_of_zero_grad(setup, by, set_to_none):
         torch.testing.assert_close(network.plain.weight.grad, expected["plain.weight"])
         assert network.conv.weight.grad.data_ptr() == slot_of(network.conv.weight).view.data_ptr()
         assert network.plain.weight.grad.data_ptr() == slot_of(network.plain.weight).view.data_ptr()
+        total = sum(g.double().square().sum() for g in expected.values() if g is not None)
+        torch.testing.assert_close(buffer.flat.double().square().sum(), total)
     buffer.zero_()
     assert not buffer.flat.any() and not any(slot.touched for slot in buffer.slots)
 
@@ -182,6 +185,18 @@ def test_deepcopy_is_not_attached_and_detach_gives_ordinary_gradients(setup):
     (dw,) = torch.autograd.grad(network(x), network.conv.weight, grad)
     torch.testing.assert_close(dw, held)
     attach(network)  # again
+
+
+def test_a_saved_model_is_not_attached(setup, tmp_path):
+    network, x, grad = setup
+    attach(network)
+    network(x).backward(grad)
+    torch.save(network, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert slot_of(loaded.conv.weight) is None
+    torch.testing.assert_close(loaded(x), network(x))
+    (dw,) = torch.autograd.grad(loaded(x), loaded.conv.weight, grad)
+    torch.testing.assert_close(dw, network.conv.weight.grad)
 
 
 def test_frozen_parameters_stay_out(setup):
