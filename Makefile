@@ -53,7 +53,8 @@ clean:
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python scripts/requirements.py list build run test > .venv/requirements.txt
-	.venv/bin/python -m pip install --progress-bar off -r .venv/requirements.txt
+	@echo "Installing PyTorch and the rest: over 1 GB to download, then a minute or two to unpack in silence."
+	.venv/bin/python -m pip install -r .venv/requirements.txt
 	# The command `us3l` and the packages, from this checkout; `make build` compiles in place.
-	US3L_NATIVE=0 US3L_CUDA=0 .venv/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	US3L_NATIVE=0 US3L_CUDA=0 PYTHONWARNINGS=ignore .venv/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@

@@ -65,6 +65,8 @@ def _backends() -> list[Finding]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for name, backend in BACKENDS.items():
         reason = backend.unavailable()
+        if reason is None and name == "native" and not (library := _native_library()).ok:
+            reason = library.detail  # US3L_ISA asks for what is not there
         if reason is not None:
             findings.append(Finding(f"backend {name}", False, reason))
             continue

@@ -30,6 +30,16 @@ def test_a_missing_library_is_said(monkeypatch):
     assert "undefined symbol: aoti_torch_xyz" in findings["native library (csrc/cpu)"].detail
 
 
+def test_an_instruction_set_that_is_not_there_is_said(monkeypatch):
+    def isa():
+        raise RuntimeError("US3L_ISA: expected one of portable on this CPU, got 'sse'")
+
+    monkeypatch.setattr(doctor._native, "isa", isa)
+    findings = {f.subject: f for f in doctor.report()}
+    for subject in ("native library (csrc/cpu)", "backend native"):
+        assert not findings[subject].ok and "got 'sse'" in findings[subject].detail
+
+
 def test_auto_logs_who_declined(caplog):
     with caplog.at_level(logging.DEBUG, logger="us3l_kernels"):
         functional.batch_norm(torch.randn(4, 3).double(), None, None, training=True)
