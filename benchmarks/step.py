@@ -146,7 +146,7 @@ class US3L:
     def __init__(self, settings: Settings, weights: list[Tensor], *, policy: str) -> None:
         self.settings = settings
         config = Config(
-            model=ModelConfig(name=settings.model, stem=settings.stem, base_channels=16),
+            model=ModelConfig(name=settings.model, stem=settings.stem, in_channels=3),
             method=MethodConfig(
                 name="simclr",
                 hidden_dim=settings.hidden_dim,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -37,19 +37,23 @@ def _number(
 class ModelConfig:
     """The backbone. Channel counts are those of width 1.0."""
 
-    name: str = _one_of("resnet18", "resnet34", "resnet50", "mobilenet_v2", "resnet_tiny")
+    name: str = _one_of("resnet_tiny", "resnet18", "resnet34", "resnet50", "mobilenet_v2")
     stem: str = _one_of("cifar", "imagenet", "small")  # small: 3x3, stride 2
-    in_channels: int = _number(3, least=1)
+    in_channels: int | None = _number(None, least=1)  # None: those of data.name
     divisor: int = _number(8, least=1)  # active channels are rounded to multiples of it
     norm: str = _one_of("sliced", "switchable")  # switchable: one private norm per width of a fixed list
-    base_channels: int = _number(64, least=1)  # channels of the first stage; read by resnet_tiny only
+    base_channels: int = _number(16, least=1)  # channels of the first stage; read by resnet_tiny only
+
+
+CHANNELS = {"fashion_mini": 1, "fashion_mnist": 1, "cifar10": 3, "cifar100": 3, "image_folder": 3, "random": 3}
+"""Channels of the images of every `data.name`."""
 
 
 @dataclass
 class DataConfig:
     """The images."""
 
-    name: str = _one_of("fashion_mini", "fashion_mnist", "cifar10", "cifar100", "image_folder", "random")
+    name: str = _one_of(*CHANNELS)
     root: str | None = None  # folder of the data set; the embedded and random ones need none
     size: int | None = _number(None, least=1)  # side of the training views, pixels; None: the data set's own
     batch_size: int = _number(128, least=2)  # images per step and process; each gives two views
@@ -135,7 +139,11 @@ class CheckpointConfig:
 
 @dataclass
 class Config:
-    """A whole run."""
+    """A whole run. The defaults train a small US3L network on the images that come with the package.
+
+    A `model.in_channels` of None becomes the number of channels of `data.name` here, so that whatever is built or
+    stored later has a number, and other data does not change a trained network.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -145,6 +153,11 @@ class Config:
     regulariser: RegulariserConfig = field(default_factory=RegulariserConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.in_channels is None:
+            # `get`: validate is the one to reject an unknown name.
+            self.model = replace(self.model, in_channels=CHANNELS.get(self.data.name))
 
 
 def load(name_or_file: str | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -252,7 +252,7 @@ def _config(recorded: Mapping[str, Any]) -> Config:
     head = "predictor." if simclr else "predictor_new."
     optimizer = config["optimizer"]
     return Config(
-        model=ModelConfig(name=config["model"], stem=config["stem"]),
+        model=ModelConfig(name=config["model"], stem=config["stem"], in_channels=3),
         method=MethodConfig(
             name="simclr" if simclr else "byol",
             hidden_dim=config["hidden_dim"],

@@ -18,7 +18,7 @@ from us3l import checkpoint as checkpoints
 from us3l import cli
 
 TINY = [
-    "model.name=resnet_tiny", "model.stem=small", "model.base_channels=8", "model.divisor=4", "model.in_channels=1",
+    "model.name=resnet_tiny", "model.stem=small", "model.base_channels=8", "model.divisor=4",
     "data.train_samples=64", "data.test_samples=32", "data.batch_size=32", "method.hidden_dim=16", "method.dim=8",
     "train.epochs=1", "train.device=cpu", "train.threads=1",
 ]  # fmt: skip
@@ -70,6 +70,13 @@ def test_pretrain_writes_what_it_says(trained: Path) -> None:
     names = {path.name.partition(".")[0] for path in trained.parent.iterdir()}
     assert names == {"config", "events", "step-000000002"}
     assert "epochs: 1" in (trained.parent / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_pretrain_needs_no_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    less = ["data.train_samples=16", "data.test_samples=16", "data.batch_size=16", "train.epochs=1", "train.threads=1"]
+    assert "in_channels: 1" in run("pretrain", *less)
+    assert checkpoints.load("runs/us3l/step-000000001.pt")["config"]["model"]["in_channels"] == 1
 
 
 def test_resume_auto_goes_on_and_a_path_brings_its_configuration(trained: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from us3l import config as configs
-from us3l.config import Config, load
+from us3l.config import Config, DataConfig, load
+from us3l.data import make_data
 from us3l.errors import ConfigError
 
 
@@ -22,6 +23,17 @@ def test_defaults_are_valid_and_overrides_win() -> None:
     config = load(None, ["train.epochs=7", "optimizer.lr=1e-3", "sampler.widths=[1.0,0.5]", "data.root=null"])
     assert (config.train.epochs, config.optimizer.lr, config.sampler.widths) == (7, 1e-3, [1.0, 0.5])
     assert isinstance(config, Config) and config.data.root is None
+
+
+def test_channels_are_those_of_the_data_if_not_given() -> None:
+    assert load().model.in_channels == 1
+    assert load(None, ["data.name=cifar10"]).model.in_channels == 3
+    assert load("mini_us3l", ["model.in_channels=null", "data.name=random"]).model.in_channels == 3
+    assert load(None, ["model.in_channels=2"]).model.in_channels == 2
+    trained = configs.to_dict(load())
+    assert configs.from_dict(trained, ["data.name=cifar10"]).model.in_channels == 1  # what was built stays
+    for name in ("fashion_mini", "random"):
+        assert make_data(DataConfig(name=name), 0).in_channels == configs.CHANNELS[name]
 
 
 @pytest.mark.parametrize("name", configs.recipes())

@@ -22,6 +22,7 @@ def build_method(config: Config) -> Method:
     if config.method.name not in METHODS:
         raise ValueError(f"method.name must be one of {', '.join(METHODS)}, got {config.method.name!r}")
     model, sampler = config.model, config.sampler
+    assert model.in_channels is not None  # Config fills it in
     encoder = build_model(
         model.name,
         stem=model.stem,
