@@ -27,10 +27,15 @@ def _one_of(default: str, *others: str) -> Any:
 
 
 def _number(
-    default: float | int | None, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+    default: float | int | None,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
 ) -> Any:
-    """A number field (None: may be absent), required to be > above, >= least and <= most."""
-    return field(default=default, metadata={"above": above, "least": least, "most": most})
+    """A number field (None: may be absent), required to be > above, >= least, < below and <= most."""
+    return field(default=default, metadata={"above": above, "least": least, "below": below, "most": most})
 
 
 @dataclass
@@ -95,7 +100,7 @@ class OptimizerConfig:
 
     name: str = _one_of("sgd", "adamw")
     lr: float = _number(0.1, least=0)  # peak learning rate, as is (never scaled by the batch size)
-    momentum: float = _number(0.9, least=0, most=1)  # sgd
+    momentum: float = _number(0.9, least=0, below=1)  # sgd
     weight_decay: float = _number(1e-4, least=0)
     warmup_epochs: int = _number(0, least=0)
     clip_norm: float | None = _number(None, above=0)  # largest 2-norm of the whole gradient
@@ -241,15 +246,18 @@ def validate(config: Config) -> None:
             "model.norm=switchable has one norm per width of a fixed list and so needs sampler.kind=fixed, "
             f"but sampler.kind is {config.sampler.kind!r}"
         )
+    if config.model.name == "mobilenet_v2" and config.model.stem == "small":
+        raise ConfigError("model.stem: expected cifar or imagenet for model.name=mobilenet_v2, got 'small'")
+    if config.sampler.kind in ("dynamic", "sandwich") and config.sampler.n < 2:
+        raise ConfigError(
+            f"sampler.kind={config.sampler.kind} draws 1.0 and a smallest width together: "
+            f"expected sampler.n >= 2, got {config.sampler.n}"
+        )
     alone = len(widths) == 1 if config.sampler.kind == "fixed" else config.sampler.n == 1
     if alone and config.method.distillation != "none":
         raise ConfigError(
             f"method.distillation={config.method.distillation} teaches sub-networks, but the sampler draws one "
             "width per iteration: set method.distillation=none, more sampler.widths (kind fixed) or sampler.n"
-        )
-    if config.sampler.kind == "sandwich" and config.sampler.n < 2:
-        raise ConfigError(
-            f"sampler.kind=sandwich always draws 1.0 and min_width: expected sampler.n >= 2, got {config.sampler.n}"
         )
     if config.regulariser.kind == "group":
         last = 1 - config.regulariser.alpha * (config.regulariser.groups - 1)
@@ -284,13 +292,14 @@ def _check_value(key: str, value: Any, spec: Field[Any]) -> None:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ConfigError(f"{key}: expected one of {', '.join(choices)}, got {value!r}{hint}")
     if "least" in spec.metadata and value is not None:
-        above, least, most = (spec.metadata[bound] for bound in ("above", "least", "most"))
+        above, least, below, most = (spec.metadata[bound] for bound in ("above", "least", "below", "most"))
         bounds = (
             [f"> {above:g}"] * (above > -math.inf)
             + [f">= {least:g}"] * (least > -math.inf)
+            + [f"< {below:g}"] * (below < math.inf)
             + [f"<= {most:g}"] * (most < math.inf)
         )
-        inside = value > above and value >= least and value <= most and math.isfinite(value)
+        inside = above < value < below and least <= value <= most
         _require(inside, key, f"a finite number {' and '.join(bounds)}", value)
 
 

@@ -96,6 +96,14 @@ def test_training_makes_statistics_stale() -> None:
         features(model, loader(50, 1, 50), 0.5)
 
 
+def test_fewer_training_images_than_neighbours_all_vote(data: SimpleNamespace) -> None:
+    data.train_eval = loader(12, 0, 12)
+    model = tiny()
+    [row] = evaluate(model, data, [0.5], "knn")
+    train, test = features(model, data.train_eval, 0.5), features(model, data.test, 0.5)
+    assert row["accuracy"] == knn_accuracy(*train, *test, k=12)
+
+
 def test_empty_loaders_and_wrong_models_are_named() -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         calibrate(tiny(), [], 0.5)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from us3l.data.base import Data
     from us3l.models import Backbone
 
+NEIGHBOURS = 20
+
 Probe = Literal["linear", "knn"]
 
 
@@ -36,7 +38,8 @@ def evaluate(
     Args:
         model: its head (the projector, after pre-training) is ignored.
         widths: widths in (0, 1], or plans, in the order of the result.
-        probe: "linear", a linear classifier on frozen features; "knn", a weighted 20-nearest-neighbour vote.
+        probe: "linear", a linear classifier on frozen features; "knn", a weighted 20-nearest-neighbour vote
+            (of all training images, where there are fewer).
         protocol: how the linear classifier is trained: None, to its optimum by L-BFGS on un-augmented
             features (small data), or by SGD (`CIFAR_PROTOCOL`, `IMAGENET_PROTOCOL`).
         on_width: called with every row as it is done.
@@ -64,7 +67,7 @@ def evaluate(
             if probe == "linear":
                 accuracy = linear_probe(*train, *test)
             else:
-                accuracy = knn_accuracy(*train, *test, device=device_of(model))
+                accuracy = knn_accuracy(*train, *test, k=min(NEIGHBOURS, len(train[0])), device=device_of(model))
         name = float(width) if isinstance(width, int | float) else width_key(width)
         rows.append({"width": name, "accuracy": accuracy, "macs": cost.macs, "params": cost.params})
         if on_width is not None:
