@@ -100,10 +100,13 @@ class CheckpointFolder:
         return iter(sorted(self.path.glob("step-*.pt"), reverse=True))
 
     def save(self, checkpoint: Checkpoint, step: int) -> Path:
-        """Write the checkpoint of iteration `step` and remove those that are too old."""
+        """Write the checkpoint of iteration `step` and keep that many files up to it.
+
+        Files of later iterations are left alone: they are of another timeline (see `abandoned`).
+        """
         path = self.path / f"step-{step:09d}.pt"
         save(path, checkpoint)
-        for old in list(self)[self.keep :]:
+        for old in [each for each in self if each <= path][self.keep :]:
             old.unlink(missing_ok=True)
         return path
 
@@ -130,6 +133,27 @@ class CheckpointFolder:
         if paths:
             raise CheckpointError(f"none of the {len(paths)} checkpoints in {self.path} can be read")
         return None
+
+    def abandoned(self, step: int, best: float | None) -> list[Path]:
+        """The checkpoints that a run which goes on from iteration `step`, with this `best`, leaves behind it."""
+        paths = [path for path in self if int(path.stem.removeprefix("step-")) > step]
+        best_path = self.path / "best.pt"
+        if best_path.is_file():
+            try:
+                stale = load(best_path)["best"] != best
+            except CheckpointError:  # torn: not worth refusing to train
+                stale = True
+            if stale:
+                paths.append(best_path)
+        return paths
+
+    def set_aside(self, paths: list[Path]) -> Path:
+        """Move checkpoints of this folder to `abandoned/` in it, where nothing looks for them; returns its path."""
+        aside = self.path / "abandoned"
+        aside.mkdir(exist_ok=True)
+        for path in paths:
+            path.replace(aside / path.name)
+        return aside
 
     def clear_leftovers(self) -> None:
         """Remove what a process that was killed while writing left behind."""
@@ -162,7 +186,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
     """What the numbers of a run depend on, besides its configuration."""
-    from us3l_kernels.backends import BACKENDS
+    from us3l_kernels.backends import BACKENDS, requested
 
     return {
         "processes": processes,
@@ -171,7 +195,7 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "backends": [name for name, backend in BACKENDS.items() if backend.unavailable() is None],
-        "requested": {name: os.environ.get(name, "auto") for name in ("US3L_BACKEND", "US3L_ISA")},
+        "requested": requested() | {"US3L_ISA": os.environ.get("US3L_ISA", "auto")},
         "torch": str(torch.__version__),
         "us3l": __version__,
         "python": platform.python_version(),
@@ -196,7 +220,7 @@ def check_environment(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """
     keys = ["processes", "device"]
     if now["device"] == "cpu":
-        keys += ["threads", "cpu", "isa", "backends", "requested", "torch"]
+        keys += ["threads", "cpu", "isa", "backends", "requested", "torch", "us3l"]
     changes = [f"{key}: {saved[key]} then, {now[key]} now" for key in keys if saved[key] != now[key]]
     if changes:
         raise CheckpointError(

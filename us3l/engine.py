@@ -319,7 +319,8 @@ class Trainer:
 
         Raises:
             CheckpointError: it cannot be read, its run had another configuration, or the environment has changed
-                so that the result would not be bit-identical (see checkpoint.bit_identical).
+                so that the result would not be bit-identical (see checkpoint.bit_identical), or the number of
+                processes has in the middle of an epoch.
         """
         if path == "auto":
             if self.folder is None:
@@ -340,6 +341,7 @@ class Trainer:
         checkpoints.set_rng_state(state["rng"])
         self.epoch, self.batch, self.best = state["epoch"], state["batch"], state["best"]
         self._resumed = True
+        self.world.barrier()  # process 0 may move files about (fit) once all have read theirs
         say(self.console, f"Resuming from {path}: {self.epoch} epochs and {self.batch} batches are done.")
         return True
 
@@ -351,6 +353,12 @@ class Trainer:
         ]
         if changes:
             raise CheckpointError(f"{path} belongs to a run with another configuration ({'; '.join(changes)})")
+        processes = state["environment"]["processes"]
+        if processes != self.world.size and state["batch"] > 0:
+            raise CheckpointError(
+                f"{path} was saved by {processes} processes after {state['batch']} batches of an epoch, which are "
+                f"other images for {self.world.size}. Resume at the end of an epoch, or with {processes} processes"
+            )
         if self.config.checkpoint.bit_identical:
             if self.config.train.threads is None:
                 torch.set_num_threads(state["environment"]["threads"])
@@ -373,6 +381,13 @@ class Trainer:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self.folder.clear_leftovers()
         (self.folder.path / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        if self._resumed and (abandoned := self.folder.abandoned(self.steps_done, self.best)):
+            # Later checkpoints are of another timeline (or torn): they must not pass for the newest of this one. The
+            # state to go on from is written first, because the folder may hold it under no name that "auto" finds.
+            self.save()
+            aside = self.folder.set_aside(abandoned)
+            names = ", ".join(path.name for path in abandoned)
+            say(self.console, f"This run leaves later checkpoints behind: moved {names} to {aside}.", warning=True)
 
     def _stop(self, stopped_by: list[signal.Signals]) -> None:
         self.save()

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+import us3l_kernels
 from us3l import checkpoint as checkpoints
 from us3l.checkpoint import CheckpointFolder
 from us3l.config import load
@@ -212,13 +213,35 @@ def test_another_configuration_is_refused(saved: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("isa", "DEFAULT"), ("backends", ["reference"]), ("processes", 8), ("threads", 7), ("torch", "2.0.0")],
+    [
+        ("isa", "DEFAULT"),
+        ("backends", ["reference"]),
+        ("processes", 8),
+        ("threads", 7),
+        ("torch", "2.0.0"),
+        ("us3l", "0.0.0"),
+    ],
 )
 def test_another_environment_is_refused(saved: Path, key: str, value: Any) -> None:
     change(saved, **{key: value})
     text = refuse(trainer(saved.parent), saved)
     assert f"{key}: {value} then" in text and "checkpoint.bit_identical=false" in text
     assert trainer(saved.parent, "checkpoint.bit_identical=false").resume(saved)
+
+
+def test_another_backend_context_is_refused(saved: Path) -> None:
+    with us3l_kernels.backend("linear=reference"):
+        text = refuse(trainer(saved.parent), saved)
+        assert "requested: {" in text and "'linear': 'reference'" in text
+    assert trainer(saved.parent).resume(saved)
+
+
+def test_another_number_of_processes_goes_on_between_epochs_only(saved: Path) -> None:
+    change(saved, processes=2)
+    assert trainer(saved.parent, "checkpoint.bit_identical=false").resume(saved)
+    checkpoints.save(saved, {**checkpoints.load(saved), "epoch": 1, "batch": 3})
+    text = refuse(trainer(saved.parent, "checkpoint.bit_identical=false"), saved)
+    assert "by 2 processes after 3 batches" in text and "end of an epoch" in text
 
 
 def test_threads_are_restored(saved: Path) -> None:
@@ -248,6 +271,7 @@ def test_a_torn_newest_file_is_passed_over_aloud(tmp_path: Path, uninterrupted: 
         run.fit()
     newest = tmp_path / "step-000000011.pt"
     newest.write_bytes(newest.read_bytes()[:-100])
+    (tmp_path / "best.pt").write_bytes(b"")
 
     console = Console(record=True, file=io.StringIO(), width=400)
     run = trainer(tmp_path, console=console)
@@ -255,6 +279,7 @@ def test_a_torn_newest_file_is_passed_over_aloud(tmp_path: Path, uninterrupted: 
     text = console.export_text()
     assert "Warning" in text and str(newest) in text and "Going back" in text
     run.fit()
+    assert (tmp_path / "abandoned" / newest.name).is_file() and (tmp_path / "abandoned" / "best.pt").is_file()
     assert_bit_identical(run, uninterrupted)
 
 
@@ -309,6 +334,42 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         folder.save({"format": 1}, step)
     folder.save_best({"format": 1})
     assert [path.name for path in folder] == ["step-000001000.pt", "step-000000100.pt"]
+    assert (tmp_path / "best.pt").is_file()
+
+
+def test_pruning_leaves_the_file_just_written(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (500, 400, 310, 320, 330):
+        assert folder.save({"format": 1}, step).is_file()
+    names = [f"step-{step:09d}.pt" for step in (500, 400, 330, 320)]
+    assert [path.name for path in folder] == names
+
+
+def test_resuming_from_an_older_checkpoint_abandons_the_later_ones(
+    tmp_path: Path, uninterrupted: dict[str, Tensor]
+) -> None:
+    run = trainer(tmp_path, "checkpoint.every_steps=5", "checkpoint.keep=9")
+    stop_after(run, 12, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run.fit()
+    assert [path.name for path in run.folder or ()] == [f"step-{step:09d}.pt" for step in (13, 10, 8, 5)]
+
+    console = Console(record=True, file=io.StringIO(), width=400)
+    run = trainer(tmp_path, console=console)
+    run.resume((tmp_path / "step-000000005.pt").rename(tmp_path / "mine.pt"))
+    run.step.optimizer.register_step_pre_hook(lambda *_: 1 / 0)  # dies before it has saved anything
+    with pytest.raises(ZeroDivisionError):
+        run.fit()
+    moved = ["best.pt", "step-000000008.pt", "step-000000010.pt", "step-000000013.pt"]
+    assert sorted(path.name for path in (tmp_path / "abandoned").iterdir()) == moved
+    text = console.export_text()
+    assert "Warning" in text and all(name in text for name in moved) and str(tmp_path / "abandoned") in text
+
+    run = trainer(tmp_path)
+    assert run.resume("auto") and run.steps_done == 5
+    run.fit()
+    assert_bit_identical(run, uninterrupted)
+    assert [path.name for path in run.folder or ()] == ["step-000000016.pt", "step-000000008.pt"]
     assert (tmp_path / "best.pt").is_file()
 
 

@@ -246,3 +246,8 @@ def _registry() -> dict[str, Backend]:
 
 BACKENDS: dict[str, Backend] = _registry()
 _requested: dict[str, str] = _parse(os.environ.get("US3L_BACKEND", "auto"))
+
+
+def requested() -> dict[str, str]:
+    """What `backend(...)` or US3L_BACKEND asks for at the moment: operation -> name of a backend, or 'auto'."""
+    return dict(_requested)
