@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,10 @@ class World:
 
 SINGLE = World()
 
+# While process 0 evaluates (online kNN) or writes a checkpoint, the others wait for it in the next all-reduce: on a
+# large data set that takes longer than the 10 (NCCL) or 30 minutes (gloo) after which torch would end the run.
+TIMEOUT = timedelta(hours=2)
+
 
 @contextmanager
 def launched(device_type: str) -> Iterator[World]:
@@ -74,7 +79,7 @@ def launched(device_type: str) -> Iterator[World]:
     world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     if device_type == "cuda":
         torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield world
     finally:

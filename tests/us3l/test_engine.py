@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from us3l.config import Config, OptimizerConfig, load
-from us3l.distributed import World
+from us3l.distributed import World, launched
 from us3l.engine import Trainer, TrainStep, learning_rate, resolve_device
 from us3l.errors import ConfigError, TrainingError
 from us3l.methods import Method, build_method
@@ -300,6 +301,17 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def test_the_others_wait_long_for_process_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **options: given.update(options))
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    with launched("cpu") as world:
+        assert (world.rank, world.size) == (1, 2)
+    assert given["timeout"] >= timedelta(hours=1)
 
 
 class BesideAnother(World):
