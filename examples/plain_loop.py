@@ -18,10 +18,12 @@ from us3l_kernels import use_width
 def main(steps: int = 10) -> None:
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
-    torch.manual_seed(0)
+    rank = int(os.environ.get("RANK", "0"))
+    torch.manual_seed(0)  # the same initial weights everywhere
     network = build_model("resnet18", stem="cifar", num_classes=10).to(memory_format=torch.channels_last)
     model = DistributedDataParallel(network) if torch.distributed.is_initialized() else network
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    torch.manual_seed(1 + rank)  # images of its own for each process
     widths = random.Random(0)  # the same seed everywhere: all processes must run the same width
     for step in range(steps):
         images, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
@@ -31,7 +33,10 @@ def main(steps: int = 10) -> None:
                 loss = F.cross_entropy(model(images), labels)
                 loss.backward()  # gradients of the three sub-networks add up
         optimizer.step()
-        print(f"step {step}  loss at width 0.25: {loss.item():.3f}")
+        print(f"rank {rank}  step {step}  loss at width 0.25: {loss.item():.3f}")
+    # DistributedDataParallel averages the gradients: the processes must end with the same weights.
+    norm = torch.nn.utils.get_total_norm(network.parameters())
+    print(f"rank {rank}  norm of the weights: {norm.item():.9g}")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

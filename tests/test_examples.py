@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_plain_loop_on_two_processes():
-    """A stock optimizer and DistributedDataParallel: both processes end every step with the same loss of their own."""
-    code = "import examples.plain_loop as example; example.main(steps=1)"
+    """A stock optimizer and DistributedDataParallel: other images, other losses, and yet the same weights."""
+    code = "import examples.plain_loop as example; example.main(steps=2)"
     done = subprocess.run(
         [
             sys.executable,
@@ -30,5 +30,8 @@ def test_plain_loop_on_two_processes():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    losses = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("step 0")]
-    assert len(losses) == 2 and losses[0] == losses[1]
+    lines = done.stdout.splitlines()
+    losses = [line.split()[-1] for line in lines if "step 1 " in line]
+    norms = [line.split()[-1] for line in lines if "norm" in line]
+    assert len(losses) == len(norms) == 2
+    assert losses[0] != losses[1] and norms[0] == norms[1]
