@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from us3l.errors import ConfigError, US3LError
+from us3l.errors import CheckpointError, ConfigError, US3LError
 from us3l.monitor import say
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class Protocol(str, Enum):
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. train.epochs=20.", show_default=False)
 ]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint of `us3l pretrain`.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="A checkpoint of `us3l pretrain`, or a run's folder: its newest.")
+]
 Widths = Annotated[str, typer.Option(help="Widths in (0, 1], separated by commas.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]
 
@@ -106,7 +108,8 @@ def evaluate(
     from us3l.evaluation import evaluate as evaluate_widths
 
     wanted = _parse_widths(widths)
-    config, method, data = _open(checkpoint, overrides)
+    checkpoint = _newest(checkpoint)
+    config, method, data = _open(checkpoint, overrides, wanted)
     with console.status("") as status:
         rows = evaluate_widths(
             method.encoder_q,
@@ -132,7 +135,8 @@ def calibrate(checkpoint: Checkpoint, overrides: Overrides = None, widths: Width
     from us3l_kernels.nn.calibration import statistics
 
     wanted = _parse_widths(widths)
-    _, method, data = _open(checkpoint, overrides)
+    checkpoint = _newest(checkpoint)
+    _, method, data = _open(checkpoint, overrides, wanted, other_images=False)
     for width in wanted:
         with console.status(f"calibrating width {width}"):
             calibrate_width(method.encoder_q, data.train_eval, width)
@@ -279,10 +283,29 @@ def _parse_widths(text: str) -> list[float]:
     return widths
 
 
-def _open(path: Path, overrides: list[str] | None) -> tuple[Config, Any, Any]:
+# Keys of the data that do not change what a network sees in calibration.
+_SAME_IMAGES = ("data.root", "data.workers", "data.batch_size")
+
+
+def _newest(path: Path) -> Path:
+    """A checkpoint file as it is; of a run's folder, the newest checkpoint that can be read."""
+    from us3l.checkpoint import CheckpointFolder
+
+    if not path.is_dir():
+        return path
+    found = CheckpointFolder(path, keep=1).newest(lambda message: say(errors, message, warning=True))
+    if found is None:
+        raise CheckpointError(f"no checkpoint in the folder {path}")
+    return found[0]
+
+
+def _open(
+    path: Path, overrides: list[str] | None, widths: list[float], *, other_images: bool = True
+) -> tuple[Config, Any, Any]:
     """Configuration, method (on the configured device, calibrated as stored) and data of a checkpoint.
 
-    Overrides may change where things are and run (`data.*`, `train.device`, ...), but not the network.
+    Overrides may change where things are and run (`data.*`, `train.device`, ...), but not the network. Statistics that
+    were stored for other images are dropped; with other_images=False, overrides that ask for others are refused.
     """
     from us3l import checkpoint as checkpoints
     from us3l import config as configs
@@ -291,12 +314,32 @@ def _open(path: Path, overrides: list[str] | None) -> tuple[Config, Any, Any]:
 
     saved = checkpoints.load(path)
     config = configs.from_dict(saved["config"], overrides or ())
-    for key, _, _ in configs.differences(saved["config"], configs.to_dict(config)):
+    changed = [key for key, _, _ in configs.differences(saved["config"], configs.to_dict(config))]
+    for key in changed:
         if not key.startswith(("data.", "train.")):
             raise ConfigError(f"{key} is part of the trained network in {path} and cannot be changed")
+    images = [key for key in changed if key.startswith("data.") and key not in _SAME_IMAGES]
+    if images and not other_images:
+        raise ConfigError(
+            f"{images[0]}: {path} can only hold statistics of the data that it was trained on. `us3l evaluate` takes "
+            "those of other data by itself"
+        )
+    if images and saved["statistics"] is not None:
+        saved["statistics"] = None
+        say(errors, f"The statistics in {path} were taken with another {', '.join(images)}: taking them anew.")
+    if config.model.norm == "switchable" and not set(widths) <= set(config.sampler.widths):
+        raise ConfigError(
+            f"--widths: the switchable norms of {path} have the widths {config.sampler.widths} alone, got {widths}"
+        )
     device = resolve_device(config.train.device)
+    data = make_data(config.data, config.train.seed, device=device)
+    if data.in_channels != config.model.in_channels:
+        raise ConfigError(
+            f"data.name={config.data.name}: its images have {data.in_channels} channels, but the network in {path} "
+            f"takes {config.model.in_channels}"
+        )
     method = checkpoints.restore(saved).to(device)
-    return config, method, make_data(config.data, config.train.seed, device=device)
+    return config, method, data
 
 
 def _protocol(protocol: Protocol, config: Config) -> SGDProtocol | None:

@@ -119,6 +119,46 @@ def test_calibrate_stores_statistics_that_evaluation_uses(trained: Path, tmp_pat
     assert rows[0] != rows[1]
 
 
+def test_statistics_of_other_images_are_not_used(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rows = tmp_path / "copy.pt", []
+    path.write_bytes(trained.read_bytes())
+    run("calibrate", path, "--widths", "0.5")
+    for checkpoint in (trained, path):
+        output = run("evaluate", "linear", checkpoint, "data.size=28", "--widths", "0.5", "--json", tmp_path / "rows")
+        rows.append(json.loads((tmp_path / "rows").read_text(encoding="utf-8"))["rows"])
+        assert ("taken with another data.size:" in " ".join(output.split())) == (checkpoint == path)
+    assert rows[0] == rows[1]
+    assert "taking them anew" not in run("evaluate", "knn", path, "data.batch_size=16", "--widths", "0.5")
+    assert "data.size: " in fails(capsys, monkeypatch, "calibrate", path, "data.size=28")
+
+
+def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "no checkpoint in the folder" in fails(capsys, monkeypatch, "evaluate", "knn", tmp_path)
+    (tmp_path / "step-000000002.pt").write_bytes(trained.read_bytes())
+    (tmp_path / "step-000000003.pt").write_bytes(trained.read_bytes()[:1000])  # torn
+    output = run("calibrate", tmp_path, "--widths", "0.5")
+    assert "step-000000003.pt is not a readable checkpoint" in " ".join(output.split())
+    assert set(checkpoints.load(tmp_path / "step-000000002.pt")["statistics"]) == {"0.5"}
+    run("evaluate", "knn", tmp_path, "--widths", "0.5", "--json", tmp_path / "rows.json")
+    assert "step-000000002.pt" in json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))["checkpoint"]
+
+
+def test_what_a_checkpoint_cannot_do_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switchable = ["model.norm=switchable", "sampler.kind=fixed", "sampler.widths=[1.0,0.5]"]
+    run("pretrain", *TINY, *switchable, f"checkpoint.dir={tmp_path}")
+    for command in (["evaluate", "knn"], ["calibrate"]):
+        text = fails(capsys, monkeypatch, *command, tmp_path, "--widths", "1.0,0.75")
+        assert "--widths" in text and "[1.0, 0.5]" in text and "0.75" in text
+    text = fails(capsys, monkeypatch, "evaluate", "knn", tmp_path, "data.name=random", "--widths", "1.0")
+    assert "data.name=random" in text and "3 channels" in text and "takes 1" in text
+
+
 def test_profile_is_the_table_of_the_paper(tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
     output = run("profile", "resnet18", "--widths", "1.0,0.5", "--json", file)
