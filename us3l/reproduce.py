@@ -2,7 +2,7 @@
 
 A *cell* is one training run: a row of the table and a seed, and for individually trained networks a width.
 Cells are independent, run in processes of one thread each, and leave a JSON file; a cell whose file is there,
-with the same configuration, is not run again.
+of the same configuration and version of us3l, is not run again.
 
 What this scale can show are the gaps between methods, not accuracies: raw pixels are good features of these
 images. Much of the collapse of S-Net comes from four optimizer steps per batch under a strong weight decay,
@@ -33,7 +33,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from us3l.config import Config, load, to_dict
+from us3l.config import Config, load, recipes, to_dict
 from us3l.engine import Trainer
 from us3l.evaluation import effective_rank, evaluate, spread
 from us3l.methods import Method
@@ -98,18 +98,6 @@ def cells(rows: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
 # ------------------------------------------------------------------------------------------- one training run
 
 
-class _ReportingTrainer(Trainer):
-    """A quiet trainer that reports every epoch to a function, with the number of epochs done."""
-
-    def __init__(self, config: Config, on_epoch: Callable[[int], None]) -> None:
-        super().__init__(config, console=Console(quiet=True))
-        self._on_epoch = on_epoch
-
-    def save(self) -> None:
-        super().save()
-        self._on_epoch(self.epoch)
-
-
 def run_cell(cell: Cell, on_epoch: Callable[[int], None]) -> dict[str, Any]:
     """Train (except random weights) and evaluate one cell; its result, as its JSON file holds it.
 
@@ -117,7 +105,7 @@ def run_cell(cell: Cell, on_epoch: Callable[[int], None]) -> dict[str, Any]:
     """
     start = time.perf_counter()
     config = cell.config()
-    trainer = _ReportingTrainer(config, on_epoch)
+    trainer = Trainer(config, console=Console(quiet=True), on_epoch=on_epoch)
     if cell.row != "random":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*violates all three guidelines")  # that is their point
@@ -136,7 +124,7 @@ def run_cell(cell: Cell, on_epoch: Callable[[int], None]) -> dict[str, Any]:
         "rows": rows,
         "average_widths": trainer.sampler.average_widths(config.train.epochs),
         "seconds": round(time.perf_counter() - start, 1),
-        "config": _comparable(config),
+        **_decisive(config),
     }
 
 
@@ -173,19 +161,19 @@ def run_cells(
     return [result for result in results.values() if result is not None]
 
 
-def _comparable(config: Config) -> dict[str, Any]:
-    """What decides a cell's result: all of its configuration but the place of its checkpoints."""
+def _decisive(config: Config) -> dict[str, Any]:
+    """What decides a cell's result: the version, and all of its configuration but the place of its checkpoints."""
     values = to_dict(config)
     del values["checkpoint"]
-    return values
+    return {"us3l": __version__, "config": values}
 
 
 def _kept(cell: Cell, folder: Path) -> dict[str, Any] | None:
-    path = folder / f"{cell.name}.json"
-    if not path.is_file():
+    try:
+        result: dict[str, Any] = json.loads((folder / f"{cell.name}.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # ValueError: torn by a crash
         return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["config"] == _comparable(cell.config()) else None
+    return result if _decisive(cell.config()).items() <= result.items() else None
 
 
 def _run_parallel(todo: Sequence[Cell], console: Console, processes: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
@@ -419,10 +407,10 @@ def reproduce_table1(
 ) -> dict[str, Any]:
     """Run (or complete) the whole table, print it beside the paper's, check its claims, and write `out`.
 
-    Single runs and their checkpoints are kept in a folder named like `out` without its suffix.
+    The results of single runs (not their weights) are kept in a folder named like `out` without its suffix.
 
     Args:
-        scale: "mini", the only one so far: a three-block ResNet on 14x14 Fashion-MNIST.
+        scale: "mini", the only one: a three-block ResNet on 14x14 Fashion-MNIST.
         seeds: number of seeds, from 0 on.
         out: the JSON file to write, with all numbers.
 
@@ -430,7 +418,11 @@ def reproduce_table1(
         What `out` holds: scale, seeds, table, thresholds, passed, paper, results, versions.
     """
     if scale not in SCALES:
-        raise ValueError(f"scale: expected one of {', '.join(SCALES)}, got {scale!r}")
+        full = ", ".join(name for name in recipes() if name.startswith("cifar100_"))
+        raise ValueError(
+            f"scale: expected {' or '.join(SCALES)}, got {scale!r}. The paper's scale (CIFAR-100, days on GPUs) is not "
+            f"run by this command: `us3l pretrain --config NAME` with one of {full}, then `us3l evaluate linear`"
+        )
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     return _report(cells(tuple(ROWS), range(seeds)), Path(out), console or Console(), processes, scale)

@@ -212,7 +212,7 @@ def test_what_is_done_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
         for cell in todo:
             ran.append(cell)
             made = result(cell, (70.0,) if cell.width else (70.0,) * 4, 0.9)
-            yield cell, {**made, "config": reproduce._comparable(cell.config())}
+            yield cell, {**made, **reproduce._decisive(cell.config())}
 
     monkeypatch.setattr(reproduce, "_run_parallel", run)
     console, todo = Console(file=io.StringIO()), cells(("individual", "us3l"), (0,))
@@ -227,15 +227,31 @@ def test_what_is_done_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     kept["config"]["optimizer"]["lr"] = 0.3  # a recipe that has changed since
     path.write_text(json.dumps(kept))
     (tmp_path / "individual-0.5-seed0.json").unlink()
+    torn = tmp_path / "individual-0.25-seed0.json"
+    torn.write_text(torn.read_text()[:100])
     reproduce.run_cells(todo, tmp_path, console)
-    assert {cell.name for cell in ran} == {"us3l-seed0", "individual-0.5-seed0"}
+    assert {cell.name for cell in ran} == {"us3l-seed0", "individual-0.5-seed0", "individual-0.25-seed0"}
+    ran.clear()
+    monkeypatch.setattr(reproduce, "__version__", "another")
+    reproduce.run_cells(todo, tmp_path, console)
+    assert ran == todo
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="scale: expected one of mini, got 'full'"):
+    with pytest.raises(ValueError, match="scale: expected mini, got 'full'.*--config NAME.*cifar100_resnet18_simclr"):
         reproduce_table1("full", out=tmp_path / "t.json")
     with pytest.raises(ValueError, match="seeds"):
         reproduce_table1("mini", 0, tmp_path / "t.json")
+
+
+def test_a_cell_reports_its_epochs_and_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ["data.train_samples=128", "data.test_samples=64", "train.epochs=2", "checkpoint.dir=null"]
+    monkeypatch.setattr(Cell, "config", lambda cell: load("mini_us3l", tiny))
+    monkeypatch.chdir(tmp_path)
+    epochs: list[int] = []
+    done = reproduce.run_cell(Cell("us3l", 0), epochs.append)
+    assert epochs == [1, 2] and len(done["rows"]) == 4 and list(tmp_path.iterdir()) == []
+    assert done["us3l"] == reproduce.__version__ and done["config"]["data"]["train_samples"] == 128
 
 
 @pytest.mark.slow
