@@ -87,8 +87,8 @@ class NativeBackend(Backend):
     def why_slower(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
         if op != "conv2d":
             return None
-        if _CAPABILITY not in ("AVX2", "AVX512"):
-            return f"its convolution was measured with AVX2 and AVX-512, this CPU has {_CAPABILITY}"
+        if _CAPABILITY != "AVX512":
+            return f"its convolution was measured with AVX-512 only, this CPU has {_CAPABILITY}"
         assert weight is not None
         channels, out_channels = x.size(1), arguments["out_channels"]
         if channels < 8:
