@@ -84,10 +84,15 @@ def pretrain(
         trainer = Trainer(loaded, world=world, console=console)
         if resume is not None:
             trainer.resume(resume)
+        if trainer.epoch == loaded.train.epochs:
+            console.print(f"This run is finished: all {trainer.epoch} epochs are done.")
+            return
         try:
             trainer.fit()
         except KeyboardInterrupt:
             raise typer.Exit(128 + signal.SIGINT) from None
+        if world.is_main and loaded.checkpoint.dir is not None:
+            console.print(f"Done. Next: us3l evaluate linear {loaded.checkpoint.dir}", soft_wrap=True)
 
 
 @app.command()
@@ -260,7 +265,7 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         app(prog_name="us3l")
-    except US3LError as error:
+    except (US3LError, OSError) as error:  # OSError: a file that cannot be read or written, named in its message
         errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
 

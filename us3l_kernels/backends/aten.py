@@ -19,17 +19,17 @@ from us3l_kernels.reference import activation_mask, active_conv_weight
 aten = torch.ops.aten
 
 
-def _statistics_like(x: Tensor, channels: int, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The prefixes of a norm's vectors, in float32 for a half precision x.
+def _statistics(x: Tensor, t: Tensor) -> Tensor:
+    """Statistics of x in the dtype that every backend gives them. ATen's have that of the parameters, or of x."""
+    return t.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
-    ATen keeps mean and rstd in the dtype of the parameters, and in that of x where there is no weight: bfloat16 would
-    lose them. The first vector is the weight; ones stand for a missing one.
-    """
-    prefixes = [None if v is None else v[:channels] for v in vectors]
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return prefixes
-    wide = [None if v is None else v.float() for v in prefixes]
-    return [x.new_ones(channels, dtype=torch.float32) if wide[0] is None else wide[0], *wide[1:]]
+
+def _wide(x: Tensor, vector: Tensor | None) -> Tensor | None:
+    """A layer norm's weight (None: ones) or bias, in float32 for a half precision x: then its statistics are too."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if vector is None:
+        return x.new_ones(x.size(-1), dtype=torch.float32) if half else None
+    return vector[: x.size(-1)].float() if half else vector[: x.size(-1)]
 
 
 class AtenBackend(Backend):
@@ -140,18 +140,15 @@ class AtenBackend(Backend):
         activation: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         c = x.size(1)
-        w, b, rm, rv = _statistics_like(x, c, (weight, bias, running_mean, running_var))
+        w, b, rm, rv = (None if t is None else t[:c] for t in (weight, bias, running_mean, running_var))
         if training:
             parts = [torch.native_batch_norm(view, w, b, rm, rv, True, momentum, eps) for view in x.chunk(views)]
             y = parts[0][0] if views == 1 else torch.cat([p[0] for p in parts])
-            mean, rstd = torch.stack([p[1] for p in parts]), torch.stack([p[2] for p in parts])
-            for given, used in ((running_mean, rm), (running_var, rv)):
-                if given is not None and used is not None and given.dtype != used.dtype:
-                    given[:c].copy_(used)
+            mean, rstd = (_statistics(x, torch.stack([p[i] for p in parts])) for i in (1, 2))
         else:
             assert rm is not None and rv is not None
             y = torch.native_batch_norm(x, w, b, rm, rv, False, momentum, eps)[0]
-            mean, rstd = rm.clone().unsqueeze(0), (rv + eps).rsqrt_().unsqueeze(0)
+            mean, rstd = _statistics(x, rm.clone().unsqueeze(0)), (_statistics(x, rv) + eps).rsqrt_().unsqueeze(0)
         if residual is not None:
             y += residual
         if activation == "relu":
@@ -178,7 +175,7 @@ class AtenBackend(Backend):
         activation: str | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         c = x.size(1)
-        (w,) = _statistics_like(x, c, (weight,))
+        w = None if weight is None else weight[:c].to(mean.dtype)
         if activation == "relu":
             grad = aten.threshold_backward(grad, y, 0)
         elif activation is not None:
@@ -212,7 +209,7 @@ class AtenBackend(Backend):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         c = x.size(-1)
-        w, b = _statistics_like(x, c, (weight, bias))
+        w, b = _wide(x, weight), None if bias is None else _wide(x, bias)
         y, mean, rstd = torch.native_layer_norm(x, [c], w, b, eps)
         return y, mean, rstd
 
@@ -229,7 +226,7 @@ class AtenBackend(Backend):
     ) -> Tensor | None:
         c = x.size(-1)
         # ATen gives the gradient of the bias only to a call that has one; a zero vector stands in for it.
-        (w,) = _statistics_like(x, c, (weight,))
+        w = _wide(x, weight)
         mask = [need_grad_x, grad_weight is not None, grad_bias is not None]
         b = mean.new_zeros(c, dtype=(x if w is None else w).dtype) if grad_bias is not None else None
         dx, dw, db = aten.native_layer_norm_backward(grad, x, [c], mean, rstd, w, b, mask)
