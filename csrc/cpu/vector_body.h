@@ -6,6 +6,12 @@
 
 #define US3L_INLINE inline __attribute__((always_inline))
 
+#if defined(__clang__)
+#define US3L_UNROLL _Pragma("unroll")
+#else
+#define US3L_UNROLL _Pragma("GCC unroll 16")  // early enough for arrays to become registers
+#endif
+
 template <int W>
 struct Lanes {
   typedef float Float __attribute__((vector_size(W * 4)));

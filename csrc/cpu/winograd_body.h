@@ -1,109 +1,8 @@
-// The transforms and the matrix product of winograd_kernels.h, written once. Each winograd_<isa>.cpp includes this file
+// The transforms of winograd_kernels.h, written once. Each winograd_<isa>.cpp includes this file
 // inside a namespace of its own, with LANES floats to a vector, under that instruction set's compiler options. So
 // nothing here may be a function of the standard library: the linker would keep one copy of it for all.
 
 #include "vector_body.h"
-
-#if defined(__clang__)
-#define US3L_UNROLL _Pragma("unroll")
-#else
-#define US3L_UNROLL _Pragma("GCC unroll 16")  // early enough for arrays to become registers
-#endif
-
-// ---------------------------------------------------------------------------------------------- the matrix product
-
-// Registers: kRows[n - 1] rows of n vectors of sums, n vectors of b, one of a; 32 of them with AVX-512, else 16.
-constexpr int kMaxPanels = LANES == 16 ? 4 : 2;
-constexpr int kMaxRows[] = {LANES == 16 ? 14 : 12, LANES == 16 ? 14 : 6, 9, 6};
-
-// R rows of N panels. Sums start at zero whether or not they are added to c: sums of sums lose less.
-template <int R, int N>
-void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64_t c_row, bool add) {
-  constexpr int kBases = (R + 2) / 3;  // an address each for three rows: base, + row, + 2 row
-  using Vector = Float<LANES>;
-  Vector sum[R][N];
-  US3L_UNROLL
-  for (int r = 0; r < R; ++r) {
-    US3L_UNROLL
-    for (int n = 0; n < N; ++n) sum[r][n] = Vector{};
-  }
-  const float* base[kBases];
-  US3L_UNROLL
-  for (int i = 0; i < kBases; ++i) base[i] = a.data + 3 * i * a.row;
-  for (std::int64_t k = 0; k < depth; ++k) {
-    Vector right[N];
-    US3L_UNROLL
-    for (int n = 0; n < N; ++n) right[n] = load<LANES>(b.data + n * b.panel);
-    b.data += b.row;
-    US3L_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const float left = base[r / 3][r % 3 * a.row];
-      US3L_UNROLL
-      for (int n = 0; n < N; ++n) sum[r][n] += left * right[n];
-    }
-    US3L_UNROLL
-    for (int i = 0; i < kBases; ++i) base[i] += a.column;
-  }
-  US3L_UNROLL
-  for (int r = 0; r < R; ++r) {
-    US3L_UNROLL
-    for (int n = 0; n < N; ++n) {
-      float* const p = c + r * c_row + n * LANES;
-      store<LANES>(p, add ? load<LANES>(p) + sum[r][n] : sum[r][n]);
-    }
-  }
-}
-
-using MultiplyBlock = void (*)(std::int64_t, Matrix, Panels, float*, std::int64_t, bool);
-
-template <int N>
-MultiplyBlock block_of(std::int64_t rows) {
-  switch (rows) {
-#define US3L_ROWS(r) \
-  case r:            \
-    if constexpr (r <= kMaxRows[N - 1]) return multiply_block<r, N>;
-    US3L_ROWS(1) US3L_ROWS(2) US3L_ROWS(3) US3L_ROWS(4) US3L_ROWS(5) US3L_ROWS(6) US3L_ROWS(7)
-    US3L_ROWS(8) US3L_ROWS(9) US3L_ROWS(10) US3L_ROWS(11) US3L_ROWS(12) US3L_ROWS(13) US3L_ROWS(14)
-#undef US3L_ROWS
-  }
-  return nullptr;
-}
-
-MultiplyBlock block_of(std::int64_t rows, std::int64_t panels) {
-  switch (panels) {
-    case 1:
-      return block_of<1>(rows);
-    case 2:
-      return block_of<2>(rows);
-    case 3:
-      if constexpr (kMaxPanels >= 3) return block_of<3>(rows);
-    case 4:
-      if constexpr (kMaxPanels >= 4) return block_of<4>(rows);
-  }
-  return nullptr;
-}
-
-// Longer sums are cut, and the parts added up: that is more accurate, and a part of b stays in the L1 cache.
-constexpr std::int64_t kMaxDepth = 128;
-
-void multiply(std::int64_t rows, std::int64_t panels, std::int64_t depth, Matrix a, Panels b, float* c,
-              std::int64_t c_row, bool add) {
-  // Equal blocks: a last one that is small would not hide the latency of its sums.
-  const std::int64_t columns = (panels + kMaxPanels - 1) / kMaxPanels, cuts = (depth + kMaxDepth - 1) / kMaxDepth;
-  for (std::int64_t cut = 0; cut < cuts; ++cut) {
-    const std::int64_t k = depth * cut / cuts, length = depth * (cut + 1) / cuts - k;
-    for (std::int64_t i = 0; i < columns; ++i) {
-      const std::int64_t p = panels * i / columns, width = panels * (i + 1) / columns - p;
-      const Panels right{b.data + p * b.panel + k * b.row, b.panel, b.row};
-      const std::int64_t blocks = (rows + kMaxRows[width - 1] - 1) / kMaxRows[width - 1];
-      for (std::int64_t j = 0; j < blocks; ++j) {
-        const std::int64_t r = rows * j / blocks, height = rows * (j + 1) / blocks - r;
-        const Matrix left{a.data + r * a.row + k * a.column, a.row, a.column};
-        block_of(height, width)(length, left, right, c + r * c_row + p * LANES, c_row, add || cut > 0);
-      }
-    }
-  }
-}
 
 // ---------------------------------------------------------------------------------------------- one dimension
 
@@ -377,9 +276,8 @@ void add_input_gradients(Grid grid, Tiles tiles, Stack v, Pixels<float> dx) {
 }
 
 WinogradKernels winograd_kernels() {
-  return {LANES,           multiply,         transform_filters,  add_filter_gradients,
-          transform_input, transform_output, transform_gradient, add_input_gradients};
+  return {transform_filters, add_filter_gradients, transform_input,
+          transform_output,  transform_gradient,   add_input_gradients};
 }
 
-#undef US3L_UNROLL
 #undef US3L_LAMBDA

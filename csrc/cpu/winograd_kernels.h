@@ -1,5 +1,4 @@
-// Winograd convolution F(4x4, 3x3): its transforms and its matrix product, and the table that holds them per
-// instruction set. No torch headers.
+// Winograd convolution F(4x4, 3x3): its transforms, and the table that holds them per instruction set. No torch headers.
 //
 //   forward   Y = A' [(G W G') . (B' X B)] A      per tile of 4x4 outputs; the product is elementwise over 6x6 positions,
 //   backward  M = A dY A',  dX = B [M . U] B',  dW = G' [sum M . V] G      and a matrix product over the channels in each
@@ -10,6 +9,7 @@
 
 #include <cstdint>
 
+#include "images.h"
 #include "isa.h"
 
 namespace us3l {
@@ -30,13 +30,6 @@ struct Tiles {
   std::int64_t first, count;
 };
 
-// Images with channels innermost; distances in elements.
-template <class T>
-struct Pixels {
-  T* data;
-  std::int64_t channels, image, row, pixel;
-};
-
 // 36 matrices of tiles x channels, one for each position of the transformed tile. Rows may be longer than the channels;
 // what is there is computed with (whole vectors), and never used.
 struct Stack {
@@ -54,25 +47,7 @@ struct Filters {
   std::int64_t row, lane, tap_y, tap_x;  // distances in elements
 };
 
-// a(i, k) = data[i * row + k * column]
-struct Matrix {
-  const float* data;
-  std::int64_t row, column;
-};
-
-// b(k, panel * lanes + j) = data[panel * panel_distance + k * row + j]
-struct Panels {
-  const float* data;
-  std::int64_t panel, row;
-};
-
 struct WinogradKernels {
-  std::int64_t lanes;  // channels to a panel
-
-  // c(i, :) = or += sum over k < depth of a(i, k) b(k, :), for whole panels; `add` says which.
-  void (*multiply)(std::int64_t rows, std::int64_t panels, std::int64_t depth, Matrix a, Panels b, float* c,
-                   std::int64_t c_row, bool add);
-
   // G w G' of one panel: at most `lanes` lanes, the rest is zero. u [36][rows][lanes], its positions `position` apart.
   void (*transform_filters)(Filters<const float> w, float* u, std::int64_t position);
 

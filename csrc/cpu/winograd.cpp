@@ -9,55 +9,23 @@
 //
 // Work is cut by the number of threads alone and partial sums are merged in order: same threads, same bits.
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "../ops.h"
+#include "gemm_kernels.h"
 #include "scratch.h"
+#include "tensors.h"
 #include "winograd_kernels.h"
 
 namespace us3l {
 namespace {
 
-using torch::headeronly::Layout;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + "]";
-}
-
-bool channels_innermost(const Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1; }
-
-void check_images(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, op, ": ", name,
-                  ": expected float32 [N, C, H, W], got ", shape_of(t));
-}
-
 void check_filters(const char* op, const char* name, const Tensor& t, int64_t out, int64_t in) {
   STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float && t.size(0) >= out && t.size(1) >= in &&
                       t.size(2) == 3 && t.size(3) == 3,
                   op, ": ", name, ": expected float32 [>= ", out, ", >= ", in, ", 3, 3], got ", shape_of(t));
-}
-
-Pixels<const float> pixels(const Tensor& t) {
-  return {t.const_data_ptr<float>(), t.size(1), t.stride(0), t.stride(2), t.stride(3)};
-}
-
-Tensor new_images(const Tensor& like, int64_t channels) {
-  return torch::stable::empty({like.size(0), channels, like.size(2), like.size(3)}, ScalarType::Float, Layout::Strided,
-                              like.device(), false, MemoryFormat::ChannelsLast);
-}
-
-Pixels<float> dense_pixels(Tensor& t) {
-  const int64_t channels = t.size(1), row = t.size(3) * channels;
-  return {t.mutable_data_ptr<float>(), channels, t.size(2) * row, row, channels};
 }
 
 // [K, C, 3, 3] as a matrix of C x K filters, the output channels in the lanes.
@@ -71,16 +39,6 @@ Filters<T> input_lanes(T* data, const Tensor& t, int64_t out, int64_t in) {
   return {data, out, in, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-// Calls f(i) for each i < count, in parallel.
-template <class F>
-void parallel(int64_t count, const F& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
-}
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // The distance of two of 36 parallel streams: an odd number of cache lines, or they would share few sets of the cache.
 int64_t odd_lines(int64_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }
 
@@ -90,24 +48,19 @@ int64_t row_of(int64_t channels) {
   return row % 128 == 0 ? row + 16 : row;
 }
 
-struct Range {
-  int64_t begin, end;
-};
-
-Range part(int64_t n, int64_t i, int64_t parts) { return {n * i / parts, n * (i + 1) / parts}; }
-
 struct Plan {
   // The rows of a product share what they read of its right side; more of them gain nothing.
   static constexpr int64_t kMostTiles = 112;
 
   Grid grid;
   int64_t in, out;  // channels
+  GemmKernels gemm = gemm_kernels();
   WinogradKernels kernels = winograd_kernels();
   int64_t threads = torch::stable::get_num_threads();
 
   Plan(const Tensor& x, int64_t out) : grid(x.size(0), x.size(2), x.size(3)), in(x.size(1)), out(out) {}
 
-  int64_t panels(int64_t channels) const { return (channels + kernels.lanes - 1) / kernels.lanes; }
+  int64_t panels(int64_t channels) const { return (channels + gemm.lanes - 1) / gemm.lanes; }
 
   bool few_tiles() const { return grid.tiles() * (in + out) * kPositions <= int64_t{16} << 20; }  // 64 MiB
   bool by_positions() const { return threads > 1 && in * out >= 192 * 192 && few_tiles(); }
@@ -120,21 +73,6 @@ struct Plan {
     return (tiles + block - 1) / block;
   }
 };
-
-// Calls f(begin, end) for the given number of equal parts of a range; empty ones are left out.
-template <class F>
-void for_parts(Range range, int64_t parts, const F& f) {
-  for (int64_t i = 0; i < parts; ++i) {
-    const Range p = part(range.end - range.begin, i, parts);
-    if (p.begin < p.end) f(Range{range.begin + p.begin, range.begin + p.end});
-  }
-}
-
-// Calls f(range) for one range of 0..n per thread, in parallel.
-template <class F>
-void parallel_parts(int64_t n, int64_t threads, const F& f) {
-  parallel(threads, [&](int64_t i) { for_parts(part(n, i, threads), 1, f); });
-}
 
 // Memory for a Stack.
 struct StackMemory : Stack {
@@ -149,8 +87,8 @@ struct StackMemory : Stack {
 class TransformedFilters {
  public:
   TransformedFilters(const Plan& plan, const Filters<const float>& w)
-      : panel_(w.rows * plan.kernels.lanes),
-        lanes_(plan.kernels.lanes),
+      : panel_(w.rows * plan.gemm.lanes),
+        lanes_(plan.gemm.lanes),
         position_(odd_lines(plan.panels(w.lanes) * panel_)),
         memory_(Scratch::kFilters, kPositions * position_) {
     float* const data = memory_.data();
@@ -179,7 +117,7 @@ void multiply_by_filters(const Plan& plan, int64_t position, int64_t tiles, Stac
   const float* const left = a.data + position * a.position;
   float* const result = c.data + position * c.position;
   for_parts({0, tiles}, (tiles + Plan::kMostTiles - 1) / Plan::kMostTiles, [&](Range r) {
-    plan.kernels.multiply(r.end - r.begin, plan.panels(columns), depth, {left + r.begin * a.row, a.row, 1},
+    plan.gemm.multiply(r.end - r.begin, plan.panels(columns), depth, {left + r.begin * a.row, a.row, 1},
                           u.at(position), result + r.begin * c.row, c.row, false);
   });
 }
@@ -223,8 +161,8 @@ struct FilterGradients {
         memory(Scratch::kFilterGradients, copies * kPositions * position) {}
 
   void multiply(int64_t copy, int64_t i, int64_t tiles, Stack m, Stack v, bool add) const {
-    plan.kernels.multiply(plan.out, plan.panels(plan.in), tiles, {m.data + i * m.position, 1, m.row},
-                          {v.data + i * v.position, plan.kernels.lanes, v.row},
+    plan.gemm.multiply(plan.out, plan.panels(plan.in), tiles, {m.data + i * m.position, 1, m.row},
+                          {v.data + i * v.position, plan.gemm.lanes, v.row},
                           memory.data() + (copy * kPositions + i) * position, row, add);
   }
 

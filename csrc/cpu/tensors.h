@@ -1,0 +1,78 @@
+// What the convolutions share on the side of torch: checks, images out of tensors, work cut into parts for the threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <string>
+
+#include "images.h"
+
+namespace us3l {
+
+using std::int64_t;
+using torch::headeronly::Layout;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + "]";
+}
+
+inline bool channels_innermost(const Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1; }
+
+inline void check_images(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, op, ": ", name,
+                  ": expected float32 [N, C, H, W], got ", shape_of(t));
+}
+
+inline Pixels<const float> pixels(const Tensor& t) {
+  return {t.const_data_ptr<float>(), t.size(1), t.stride(0), t.stride(2), t.stride(3)};
+}
+
+inline Tensor new_images(const Tensor& like, int64_t channels) {
+  return torch::stable::empty({like.size(0), channels, like.size(2), like.size(3)}, ScalarType::Float, Layout::Strided,
+                              like.device(), false, MemoryFormat::ChannelsLast);
+}
+
+inline Pixels<float> dense_pixels(Tensor& t) {
+  const int64_t channels = t.size(1), row = t.size(3) * channels;
+  return {t.mutable_data_ptr<float>(), channels, t.size(2) * row, row, channels};
+}
+
+// Calls f(i) for each i < count, in parallel.
+template <class F>
+void parallel(int64_t count, const F& f) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct Range {
+  int64_t begin, end;
+};
+
+inline Range part(int64_t n, int64_t i, int64_t parts) { return {n * i / parts, n * (i + 1) / parts}; }
+
+// Calls f(begin, end) for the given number of equal parts of a range; empty ones are left out.
+template <class F>
+void for_parts(Range range, int64_t parts, const F& f) {
+  for (int64_t i = 0; i < parts; ++i) {
+    const Range p = part(range.end - range.begin, i, parts);
+    if (p.begin < p.end) f(Range{range.begin + p.begin, range.begin + p.end});
+  }
+}
+
+// Calls f(range) for one range of 0..n per thread, in parallel.
+template <class F>
+void parallel_parts(int64_t n, int64_t threads, const F& f) {
+  parallel(threads, [&](int64_t i) { for_parts(part(n, i, threads), 1, f); });
+}
+
+}  // namespace us3l
