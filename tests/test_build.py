@@ -62,7 +62,7 @@ def test_an_instruction_set_that_is_not_there_is_an_error() -> None:
     code = "import torch; from us3l_kernels import _native as n; n.isa()"
     done = run("-c", code, US3L_ISA="sse9")
     assert done.returncode != 0
-    assert re.search(r"RuntimeError: US3L_ISA: expected one of .*portable on this CPU, got 'sse9'", done.stderr)
+    assert re.search(r"SettingError: US3L_ISA: expected one of .*portable on this CPU, got 'sse9'", done.stderr)
 
 
 def test_native_code_faces_torch_through_the_stable_abi() -> None:

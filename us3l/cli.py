@@ -265,9 +265,15 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         app(prog_name="us3l")
-    except (US3LError, OSError) as error:  # OSError: a file that cannot be read or written, named in its message
+    except _users_errors() as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
+
+
+def _users_errors() -> tuple[type[Exception], ...]:
+    """The user's to fix: ours, and files that cannot be read or written (their message names them)."""
+    kernels = sys.modules.get("us3l_kernels.errors")  # importing it would import torch: there if a command got so far
+    return (US3LError, OSError, *((kernels.SettingError, kernels.BackendError) if kernels else ()))
 
 
 def _show_warning(

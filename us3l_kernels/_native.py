@@ -10,6 +10,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from us3l_kernels.errors import SettingError
+
 
 def _import(name: str) -> tuple[ModuleType | None, str | None]:
     try:
@@ -21,6 +23,18 @@ def _import(name: str) -> tuple[ModuleType | None, str | None]:
 # _C first: it registers the schemas of the CUDA kernels as well.
 _C, why = _import("_C")
 _C_cuda, why_cuda = _import("_C_cuda") if _C is not None else (None, why)
+
+
+def _read_isa() -> tuple[str | None, str | None]:
+    if _C is None or not hasattr(_C, "isa"):
+        return None, None
+    try:
+        return str(_C.isa()), None
+    except RuntimeError as error:
+        return None, str(error)
+
+
+_isa, _why_no_isa = _read_isa()
 
 
 def load() -> ModuleType | None:
@@ -46,6 +60,8 @@ def cpu_features() -> dict[str, bool]:
 def isa() -> str | None:
     """The instruction set the CPU kernels run with: "avx512", "avx2" or "portable"; None where `build_info` is empty.
 
-    Raises RuntimeError if US3L_ISA names one that does not exist or that this CPU does not have.
+    Raises SettingError if US3L_ISA names one that does not exist or that this CPU does not have.
     """
-    return str(_C.isa()) if _C is not None and hasattr(_C, "isa") else None
+    if _why_no_isa is not None:
+        raise SettingError(_why_no_isa)
+    return _isa

@@ -11,6 +11,7 @@ import torch
 
 from us3l_kernels import _native
 from us3l_kernels.backends import BACKENDS, OPS
+from us3l_kernels.errors import SettingError
 from us3l_kernels.version import __version__
 
 PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy")
@@ -37,7 +38,7 @@ def _native_library() -> Finding:
         return Finding("native library (csrc/cpu)", False, f"not loaded: {_native.why}")
     try:
         isa = _native.isa()
-    except RuntimeError as error:
+    except SettingError as error:
         return Finding("native library (csrc/cpu)", False, str(error))
     built = _native.build_info()
     parts = [f"runs with {isa}"] if isa else []
@@ -64,9 +65,10 @@ def _backends() -> list[Finding]:
     findings = []
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for name, backend in BACKENDS.items():
-        reason = backend.unavailable()
-        if reason is None and name == "native" and not (library := _native_library()).ok:
-            reason = library.detail  # US3L_ISA asks for what is not there
+        try:
+            reason = backend.unavailable()
+        except SettingError as error:
+            reason = str(error)
         if reason is not None:
             findings.append(Finding(f"backend {name}", False, reason))
             continue

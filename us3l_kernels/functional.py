@@ -158,7 +158,8 @@ def linear(
     _check_active("linear", "out_features", out_features, weight.size(0))
     x, weight, bias = _autocast(x, weight, bias)
     _check_parameters("linear", x, weight, bias)
-    return ops.linear(x, weight, bias, out_features, in_features, choose("linear", x, weight))
+    chosen = choose("linear", x, weight, out_features=out_features, in_features=in_features)
+    return ops.linear(x, weight, bias, out_features, in_features, chosen)
 
 
 def _check_vectors(op: str, x: Tensor, channels: int, **vectors: Tensor | None) -> None:
@@ -233,7 +234,16 @@ def batch_norm(
                 "batch_norm: x: expected more than 1 value per channel and view in training, "
                 f"got shape {tuple(x.shape)} with {views} views"
             )
-    backend = choose("batch_norm", x, running_mean if weight is None else weight)
+    views = views if training else 1
+    chosen = choose(
+        "batch_norm",
+        x,
+        running_mean if weight is None else weight,
+        training=training,
+        views=views,
+        activation=activation,
+        residual=residual is not None,
+    )
     return ops.batch_norm(
         x,
         weight,
@@ -244,9 +254,9 @@ def batch_norm(
         training,
         momentum,
         eps,
-        views if training else 1,
+        views,
         activation,
-        backend,
+        chosen,
     )[0]
 
 

@@ -253,36 +253,27 @@ def _forward(ctx: Any, op: Callable[..., Any], tensors: Sequence[Tensor | None],
         return op(*tensors, *args)
 
 
-class _Conv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        return _forward(ctx, ops.conv2d.default, (x, weight, bias), args)
+def _product(name: str) -> type[torch.autograd.Function]:
+    """The Function of a convolution or a matrix product: both are linear in x and in the weight."""
+    forward_op, backward_op = getattr(ops, name).default, getattr(ops, f"{name}_backward").default
 
-    @staticmethod
-    @first_derivative_only("conv2d")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        parameters = _Gradients(ctx, {1: weight, 2: bias})
-        need_grad_x = ctx.needs_input_grad[0]
-        dx = ops.conv2d_backward(grad, x, weight, *parameters.into, need_grad_x, *ctx.args[1:])
-        return (dx if need_grad_x else None, *parameters.returned, *[None] * len(ctx.args))
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+            ctx.save_for_backward(x, weight, bias)
+            return _forward(ctx, forward_op, (x, weight, bias), args)
 
+        @staticmethod
+        @first_derivative_only(name)
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            x, weight, bias = ctx.saved_tensors
+            parameters = _Gradients(ctx, {1: weight, 2: bias})
+            need_grad_x = ctx.needs_input_grad[0]
+            # args: the number of active outputs, which the gradient shows, and what the backward needs as well.
+            dx = backward_op(grad, x, weight, *parameters.into, need_grad_x, *ctx.args[1:])
+            return (dx if need_grad_x else None, *parameters.returned, *[None] * len(ctx.args))
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        return _forward(ctx, ops.linear.default, (x, weight, bias), args)
-
-    @staticmethod
-    @first_derivative_only("linear")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        parameters = _Gradients(ctx, {1: weight, 2: bias})
-        need_grad_x = ctx.needs_input_grad[0]
-        dx = ops.linear_backward(grad, x, weight, *parameters.into, need_grad_x, *ctx.args[1:])
-        return (dx if need_grad_x else None, *parameters.returned, *[None] * len(ctx.args))
+    return Product
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -393,7 +384,7 @@ for _name, (_kernel, _fake) in _KERNELS.items():
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"us3l::{_name}", _fake, lib=LIBRARY)
 
-LIBRARY.impl("conv2d", _autograd(_Conv2d, ops.conv2d.default, 3), "Autograd")
-LIBRARY.impl("linear", _autograd(_Linear, ops.linear.default, 3), "Autograd")
+for _name in ("conv2d", "linear"):
+    LIBRARY.impl(_name, _autograd(_product(_name), getattr(ops, _name).default, 3), "Autograd")
 LIBRARY.impl("batch_norm", _autograd(_BatchNorm, ops.batch_norm.default, 6), "Autograd")
 LIBRARY.impl("layer_norm", _autograd(_LayerNorm, ops.layer_norm.default, 3), "Autograd")

@@ -9,6 +9,7 @@ import torch
 
 from us3l_kernels import doctor, functional
 from us3l_kernels.backends import BACKENDS
+from us3l_kernels.errors import SettingError
 
 
 def test_report_names_every_backend_and_why_not():
@@ -32,7 +33,7 @@ def test_a_missing_library_is_said(monkeypatch):
 
 def test_an_instruction_set_that_is_not_there_is_said(monkeypatch):
     def isa():
-        raise RuntimeError("US3L_ISA: expected one of portable on this CPU, got 'sse'")
+        raise SettingError("US3L_ISA: expected one of portable on this CPU, got 'sse'")
 
     monkeypatch.setattr(doctor._native, "isa", isa)
     findings = {f.subject: f for f in doctor.report()}
@@ -53,4 +54,5 @@ def test_backend_from_the_environment():
     )
     assert run("linear=reference").returncode == 0
     failed = run("cudnn")
-    assert failed.returncode != 0 and "expected one of ['auto', 'native', 'aten', 'reference']" in failed.stderr
+    assert failed.returncode != 0
+    assert "US3L_BACKEND: expected one of ['auto', 'native', 'aten', 'reference'], got 'cudnn'" in failed.stderr

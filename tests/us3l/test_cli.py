@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from us3l import checkpoint as checkpoints
 from us3l import cli
+from us3l_kernels import _native
 
 TINY = [
     "model.name=resnet_tiny", "model.stem=small", "model.base_channels=8", "model.divisor=4",
@@ -202,6 +204,24 @@ def test_user_errors_are_one_message(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     assert message in fails(capsys, monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "allowed"), [("US3L_BACKEND", "cudnn", "'aten'"), ("US3L_ISA", "sse", "portable")]
+)
+def test_a_wrong_environment_variable_is_one_message(variable: str, value: str, allowed: str, tmp_path: Path) -> None:
+    if variable == "US3L_ISA" and _native.isa() is None:
+        pytest.skip("nothing reads US3L_ISA")
+    program = "from us3l.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "pretrain", *TINY, f"checkpoint.dir={tmp_path}"],
+        env={**os.environ, variable: value},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"Error: {variable}: expected one of ") and len(done.stderr.splitlines()) == 1
+    assert allowed in done.stderr and f"got '{value}'" in done.stderr
 
 
 def test_the_network_of_a_checkpoint_cannot_be_overridden(

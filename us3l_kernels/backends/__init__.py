@@ -20,13 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from us3l_kernels.errors import BackendError, SettingError
+
 log = logging.getLogger("us3l_kernels")
 
 OPS = ("conv2d", "linear", "batch_norm", "layer_norm")
-
-
-class BackendError(RuntimeError):
-    """An explicitly requested backend cannot run an operation."""
 
 
 class Backend:
@@ -41,14 +39,18 @@ class Backend:
     ops: tuple[str, ...] = OPS
 
     def unavailable(self) -> str | None:
-        """Why this backend cannot run here at all (a missing library, say); None if it can."""
+        """Why this backend cannot run here at all (a missing library, say); None if it can.
+
+        Raises SettingError if an environment variable asks for what is not there.
+        """
         return None
 
     def why_not(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
         """Why this backend cannot run `op` on x and parameters (or statistics) like `weight`; None if it can.
 
         `arguments` are those of the operator that decide it: out_channels, stride, padding, dilation and groups of a
-        convolution, none otherwise.
+        convolution; out_features and in_features of a matrix product; training, views, activation, and whether there
+        is a residual, of a batch norm.
         """
         return None
 
@@ -186,15 +188,15 @@ class Backend:
         raise NotImplementedError
 
 
-def _parse(spec: str) -> dict[str, str]:
+def _parse(spec: str, source: str = "backend") -> dict[str, str]:
     """'aten' or 'conv2d=aten,batch_norm=native' -> backend per operation; what is not named is 'auto'."""
     chosen = dict.fromkeys(OPS, "auto")
     for part in filter(None, (p.strip() for p in spec.split(","))):
         op, separator, name = part.rpartition("=")
         if name not in (*BACKENDS, "auto"):
-            raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {name!r}")
+            raise ValueError(f"{source}: expected one of {['auto', *BACKENDS]}, got {name!r}")
         if separator and op not in OPS:
-            raise ValueError(f"backend: expected an operation out of {list(OPS)}, got {op!r}")
+            raise ValueError(f"{source}: expected an operation out of {list(OPS)}, got {op!r}")
         chosen.update({op: name} if separator else dict.fromkeys(OPS, name))
     return chosen
 
@@ -211,6 +213,13 @@ def backend(spec: str) -> Iterator[None]:
         yield
     finally:
         _requested = before
+
+
+def _from_environment() -> dict[str, str]:
+    try:
+        return _parse(os.environ.get("US3L_BACKEND", "auto"), "US3L_BACKEND")
+    except ValueError as error:
+        raise SettingError(str(error)) from None
 
 
 def choose(op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str:
@@ -245,7 +254,7 @@ def _registry() -> dict[str, Backend]:
 
 
 BACKENDS: dict[str, Backend] = _registry()
-_requested: dict[str, str] = _parse(os.environ.get("US3L_BACKEND", "auto"))
+_requested: dict[str, str] = _from_environment()
 
 
 def requested() -> dict[str, str]:

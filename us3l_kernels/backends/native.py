@@ -77,7 +77,10 @@ class NativeBackend(Backend):
     ops = ("conv2d", "batch_norm")
 
     def unavailable(self) -> str | None:
-        return None if _native.load() is not None else f"the compiled library is not there ({_native.why})"
+        if _native.load() is None:
+            return f"the compiled library is not there ({_native.why})"
+        _native.isa()
+        return None
 
     def why_not(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
         if x.device.type != "cpu":
