@@ -3,29 +3,18 @@
 // A pass is cut into tasks: views, then ranges of rows, then ranges of channels. Partial results of the row ranges are
 // kept apart and merged in their order, so that results depend on the number of threads and on nothing else.
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string>
 #include <type_traits>
 #include <vector>
 
 #include "../ops.h"
 #include "batch_norm_kernels.h"
+#include "tensors.h"
 
 namespace us3l {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + "]";
-}
 
 // The distance of two rows if t [N, C, *] is a matrix of N * prod(*) rows of C channels where it lies, else -1.
 int64_t row_stride(const Tensor& t) {
@@ -45,33 +34,6 @@ int64_t row_stride(const Tensor& t) {
 Tensor as_rows(const Tensor& t) {
   if (row_stride(t) >= 0) return t;
   return torch::stable::contiguous(t, t.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-void check_input(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x");
-  const auto a = t.sizes(), b = x.sizes();
-  STD_TORCH_CHECK(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()), op, ": ", name,
-                  ": expected the shape of x, ", shape_of(x), ", got ", shape_of(t));
-}
-
-void check_vector(const char* op, const char* name, const Tensor& t, int64_t channels) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) >= channels &&
-                      (t.stride(0) == 1 || t.size(0) == 1),
-                  op, ": ", name, ": expected a contiguous float32 vector of at least ", channels, " elements, got ",
-                  shape_of(t));
-}
-
-// The data of an optional vector, of which at least `channels` elements are there; null for none.
-const float* input(const char* op, const char* name, const std::optional<Tensor>& t, int64_t channels) {
-  if (!t.has_value()) return nullptr;
-  check_vector(op, name, *t, channels);
-  return t->const_data_ptr<float>();
-}
-
-float* output(const char* op, const char* name, const std::optional<Tensor>& t, int64_t channels) {
-  if (!t.has_value()) return nullptr;
-  check_vector(op, name, *t, channels);
-  return t->mutable_data_ptr<float>();
 }
 
 template <class T>
@@ -281,13 +243,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(
   STD_TORCH_CHECK(training || (running_mean.has_value() && running_var.has_value() && views == 1), op,
                   ": running_mean, running_var: expected both, and 1 view, unless training");
   if (residual.has_value()) {
-    check_input(op, "residual", *residual, x);
+    check_like(op, "residual", *residual, x);
     residual = as_rows(*residual);
   }
-  const float* const w = input(op, "weight", weight, channels);
-  const float* const b = input(op, "bias", bias, channels);
-  float* const rm = output(op, "running_mean", running_mean, channels);
-  float* const rv = output(op, "running_var", running_var, channels);
+  const float* const w = input_vector(op, "weight", weight, channels);
+  const float* const b = input_vector(op, "bias", bias, channels);
+  float* const rm = output_vector(op, "running_mean", running_mean, channels);
+  float* const rv = output_vector(op, "running_var", running_var, channels);
   const Clamp clamp = clamp_of(op, activation);
 
   Tensor y = torch::stable::empty_like(x);
@@ -312,16 +274,16 @@ std::tuple<Tensor, Tensor> batch_norm_backward(
   const int64_t channels = tasks.channels;
   STD_TORCH_CHECK(mean.size(1) == channels && rstd.size(0) == mean.size(0) && rstd.size(1) == channels, op,
                   ": mean, rstd: expected [V, ", channels, "], got ", shape_of(mean), " and ", shape_of(rstd));
-  check_input(op, "grad", grad, x);
+  check_like(op, "grad", grad, x);
   const bool activated = activation != kNone;
   STD_TORCH_CHECK(activated || !need_grad_residual, op,
                   ": need_grad_residual: expected an activation; without one it is grad itself");
   STD_TORCH_CHECK(!need_grad_residual || !bias.has_value(), op, ": bias: expected none with need_grad_residual");
-  if (activated) check_input(op, "y", y, x);
-  const float* const w = input(op, "weight", weight, channels);
-  const float* const b = activated ? input(op, "bias", bias, channels) : nullptr;
-  float* const gw = output(op, "grad_weight", grad_weight, channels);
-  float* const gb = output(op, "grad_bias", grad_bias, channels);
+  if (activated) check_like(op, "y", y, x);
+  const float* const w = input_vector(op, "weight", weight, channels);
+  const float* const b = activated ? input_vector(op, "bias", bias, channels) : nullptr;
+  float* const gw = output_vector(op, "grad_weight", grad_weight, channels);
+  float* const gb = output_vector(op, "grad_bias", grad_bias, channels);
   const Clamp clamp = clamp_of(op, activation);
 
   const bool reads_y = activated && b == nullptr;

@@ -7,18 +7,9 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "rows.h"
 
 namespace us3l {
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-template <class T>
-struct Rows {
-  T* data;
-  std::int64_t stride;
-};
 
 // The activation as bounds on its input; NaN is no bound (a comparison with it is false).
 struct Clamp {

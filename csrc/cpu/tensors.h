@@ -1,10 +1,12 @@
-// What the convolutions share on the side of torch: checks, images out of tensors, work cut into parts for the threads.
+// What the operations share on the side of torch: checks, images out of tensors, work cut into parts for the threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "images.h"
@@ -23,6 +25,33 @@ inline std::string shape_of(const Tensor& t) {
   return text + "]";
 }
 
+inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x");
+  const auto a = t.sizes(), b = x.sizes();
+  STD_TORCH_CHECK(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()), op, ": ", name,
+                  ": expected the shape of x, ", shape_of(x), ", got ", shape_of(t));
+}
+
+inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t channels) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) >= channels &&
+                      (t.stride(0) == 1 || t.size(0) == 1),
+                  op, ": ", name, ": expected a contiguous float32 vector of at least ", channels, " elements, got ",
+                  shape_of(t));
+}
+
+// The data of an optional vector, of which at least `channels` elements are there; null for none.
+inline const float* input_vector(const char* op, const char* name, const std::optional<Tensor>& t, int64_t channels) {
+  if (!t.has_value()) return nullptr;
+  check_vector(op, name, *t, channels);
+  return t->const_data_ptr<float>();
+}
+
+inline float* output_vector(const char* op, const char* name, const std::optional<Tensor>& t, int64_t channels) {
+  if (!t.has_value()) return nullptr;
+  check_vector(op, name, *t, channels);
+  return t->mutable_data_ptr<float>();
+}
+
 inline bool channels_innermost(const Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1; }
 
 inline void check_images(const char* op, const char* name, const Tensor& t) {
@@ -30,8 +59,9 @@ inline void check_images(const char* op, const char* name, const Tensor& t) {
                   ": expected float32 [N, C, H, W], got ", shape_of(t));
 }
 
-inline Pixels<const float> pixels(const Tensor& t) {
-  return {t.const_data_ptr<float>(), t.size(1), t.stride(0), t.stride(2), t.stride(3)};
+template <class T = float>
+Pixels<const T> pixels(const Tensor& t) {
+  return {static_cast<const T*>(t.const_data_ptr()), t.size(1), t.stride(0), t.stride(2), t.stride(3)};
 }
 
 inline Tensor new_images(const Tensor& like, int64_t channels) {
@@ -39,9 +69,10 @@ inline Tensor new_images(const Tensor& like, int64_t channels) {
                               like.device(), false, MemoryFormat::ChannelsLast);
 }
 
-inline Pixels<float> dense_pixels(Tensor& t) {
+template <class T = float>
+Pixels<T> dense_pixels(Tensor& t) {
   const int64_t channels = t.size(1), row = t.size(3) * channels;
-  return {t.mutable_data_ptr<float>(), channels, t.size(2) * row, row, channels};
+  return {static_cast<T*>(t.mutable_data_ptr()), channels, t.size(2) * row, row, channels};
 }
 
 // Calls f(i) for each i < count, in parallel.
