@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace us3l {
 
@@ -45,5 +46,20 @@ Tensor conv2d_3x3(const Tensor& x, const Tensor& weight, std::optional<Tensor> b
 // Adds to grad_weight[:k, :c] (any strides), where grad is [N, k, H, W]; returns dx, an empty tensor unless needed.
 Tensor conv2d_3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                            std::optional<Tensor> grad_weight, bool need_grad_x);
+
+// y = the depthwise convolution of x with weight[:c] and bias[:c], one filter per channel; stride, padding and dilation
+// [2] as torch.nn.functional.conv2d takes them.
+//
+// x [N, c, H, W], float32 or bfloat16, channels innermost, other strides free. weight [C, 1, kh, kw], float32, any
+// strides; bias [C], float32. Sums are in float32. y is channels_last.
+Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                        std::vector<std::int64_t> stride, std::vector<std::int64_t> padding,
+                        std::vector<std::int64_t> dilation);
+
+// Adds to grad_weight[:c] (any strides); returns dx, an empty tensor unless needed.
+Tensor depthwise_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                 std::optional<Tensor> grad_weight, bool need_grad_x,
+                                 std::vector<std::int64_t> stride, std::vector<std::int64_t> padding,
+                                 std::vector<std::int64_t> dilation);
 
 }  // namespace us3l

@@ -18,6 +18,12 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
   m.def(
       "conv2d_3x3_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, bool need_grad_x) "
       "-> Tensor");
+  m.def(
+      "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation) "
+      "-> Tensor");
+  m.def(
+      "depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, bool need_grad_x, "
+      "int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
   // csrc/cuda/multi_tensor.cu
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] teachers, float lr, "
@@ -29,4 +35,6 @@ STABLE_TORCH_LIBRARY_IMPL(us3l_native, CPU, m) {
   m.impl("batch_norm_backward", TORCH_BOX(&us3l::batch_norm_backward));
   m.impl("conv2d_3x3", TORCH_BOX(&us3l::conv2d_3x3));
   m.impl("conv2d_3x3_backward", TORCH_BOX(&us3l::conv2d_3x3_backward));
+  m.impl("depthwise_conv2d", TORCH_BOX(&us3l::depthwise_conv2d));
+  m.impl("depthwise_conv2d_backward", TORCH_BOX(&us3l::depthwise_conv2d_backward));
 }

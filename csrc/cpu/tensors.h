@@ -64,8 +64,8 @@ Pixels<const T> pixels(const Tensor& t) {
   return {static_cast<const T*>(t.const_data_ptr()), t.size(1), t.stride(0), t.stride(2), t.stride(3)};
 }
 
-inline Tensor new_images(const Tensor& like, int64_t channels) {
-  return torch::stable::empty({like.size(0), channels, like.size(2), like.size(3)}, ScalarType::Float, Layout::Strided,
+inline Tensor new_images(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
+  return torch::stable::empty({like.size(0), channels, height, width}, like.scalar_type(), Layout::Strided,
                               like.device(), false, MemoryFormat::ChannelsLast);
 }
 

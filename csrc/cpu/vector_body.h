@@ -9,7 +9,7 @@
 #if defined(__clang__)
 #define US3L_UNROLL _Pragma("unroll")
 #else
-#define US3L_UNROLL _Pragma("GCC unroll 16")  // early enough for arrays to become registers
+#define US3L_UNROLL _Pragma("GCC unroll 32")  // early enough for arrays to become registers
 #endif
 
 template <int W>

@@ -250,7 +250,7 @@ Tensor conv2d_3x3(const Tensor& x, const Tensor& weight, std::optional<Tensor> b
                     shape_of(*bias));
     for (int64_t k = 0; k < out_channels; ++k) offset[k] = bias->const_data_ptr<float>()[k * bias->stride(0)];
   }
-  Tensor y = new_images(x, out_channels);
+  Tensor y = new_images(x, out_channels, x.size(2), x.size(3));
   if (y.numel() > 0)
     forward(Plan(x, out_channels), pixels(x),
             output_lanes(weight.const_data_ptr<float>(), weight, out_channels, x.size(1)), offset.data(),
@@ -270,7 +270,7 @@ Tensor conv2d_3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& we
   check_filters(op, "weight", weight, out, in);
   const Tensor dy = channels_innermost(grad) ? grad : torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
 
-  Tensor dx = need_grad_x ? new_images(x, in) : torch::stable::new_empty(x, {0});
+  Tensor dx = need_grad_x ? new_images(x, in, x.size(2), x.size(3)) : torch::stable::new_empty(x, {0});
   if (x.numel() == 0 || dy.numel() == 0) return dx;
   Filters<float> filters{};
   if (grad_weight.has_value()) {

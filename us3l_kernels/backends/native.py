@@ -37,9 +37,26 @@ def _is_rows(x: Tensor) -> bool:
     return True
 
 
-def _why_not_conv2d(
+def _why_not_channels_last(x: Tensor) -> str | None:
+    if x.stride(1) != 1 and x.size(1) > 1:
+        return f"it takes channels_last (channels innermost), x has shape {tuple(x.shape)} and strides {x.stride()}"
+    return None
+
+
+def _is_depthwise(weight: Tensor, groups: int) -> bool:
+    """Whether each channel has one filter of its own."""
+    return weight.size(1) == 1 and weight.size(0) == groups
+
+
+def _why_not_depthwise(x: Tensor, weight: Tensor) -> str | None:
+    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
+        return f"it takes float32 and bfloat16 x with float32 filters, x is {x.dtype} and the weight {weight.dtype}"
+    return _why_not_channels_last(x)
+
+
+def _why_not_winograd(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     *,
     out_channels: int,
     stride: Sequence[int],
@@ -47,7 +64,6 @@ def _why_not_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> str | None:
-    assert weight is not None
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
         return f"it takes float32, x is {x.dtype} and the weight {weight.dtype}"
     if tuple(weight.shape[2:]) != (3, 3) or groups != 1:
@@ -57,9 +73,14 @@ def _why_not_conv2d(
             "it takes stride 1, padding 1 and dilation 1, "
             f"got {list(stride)}, {list(padding)} and {list(dilation)}"
         )
-    if x.stride(1) != 1 and x.size(1) > 1:
-        return f"it takes channels_last (channels innermost), x has shape {tuple(x.shape)} and strides {x.stride()}"
-    return None
+    return _why_not_channels_last(x)
+
+
+def _why_not_conv2d(x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
+    assert weight is not None
+    if _is_depthwise(weight, arguments["groups"]):
+        return _why_not_depthwise(x, weight)
+    return _why_not_winograd(x, weight, **arguments)
 
 
 def _why_not_batch_norm(x: Tensor, weight: Tensor | None) -> str | None:
@@ -93,6 +114,8 @@ class NativeBackend(Backend):
         if _CAPABILITY != "AVX512":
             return f"its convolution was measured with AVX-512 only, this CPU has {_CAPABILITY}"
         assert weight is not None
+        if _is_depthwise(weight, arguments["groups"]):
+            return None
         channels, out_channels = x.size(1), arguments["out_channels"]
         if channels < 8:
             return f"a Winograd convolution of fewer than 8 channels ran at 0.7 to 1.2x ATen, x has {channels}"
@@ -115,7 +138,11 @@ class NativeBackend(Backend):
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor:
-        y: Tensor = native.conv2d_3x3(x, weight, bias, out_channels)
+        y: Tensor
+        if _is_depthwise(weight, groups):
+            y = native.depthwise_conv2d(x, weight, bias, stride, padding, dilation)
+        else:
+            y = native.conv2d_3x3(x, weight, bias, out_channels)
         return y
 
     def conv2d_backward(
@@ -132,10 +159,15 @@ class NativeBackend(Backend):
         groups: int,
     ) -> Tensor | None:
         if grad_bias is not None:
-            grad_bias[: grad.size(1)].add_(grad.sum((0, 2, 3)))
+            grad_bias[: grad.size(1)].add_(grad.sum((0, 2, 3), dtype=torch.float32))
         if grad_weight is None and not need_grad_x:
             return None
-        dx = native.conv2d_3x3_backward(grad, x, weight, grad_weight, need_grad_x)
+        if _is_depthwise(weight, groups):
+            dx = native.depthwise_conv2d_backward(
+                grad, x, weight, grad_weight, need_grad_x, stride, padding, dilation
+            )
+        else:
+            dx = native.conv2d_3x3_backward(grad, x, weight, grad_weight, need_grad_x)
         return dx if need_grad_x else None
 
     def batch_norm(

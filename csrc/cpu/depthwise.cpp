@@ -1,0 +1,286 @@
+// Depthwise convolution with multiplier 1, as correlations of rows: the plan around the kernels of depthwise_kernels.h.
+//
+// The gradient of x is gathered, as correlations of the gradient of y. With stride s an input sees only every s-th tap,
+// beginning with one that depends on its position modulo s, its phase: each of the s phases of a dimension is a
+// correlation of its own, with stride 1 and its share of the taps.
+//
+// Rows are cut among the threads by their number alone and partial sums are merged in order: same threads, same bits.
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include "../ops.h"
+#include "depthwise_kernels.h"
+#include "scratch.h"
+#include "tensors.h"
+
+namespace us3l {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One dimension of the convolution, `padding` and so on as in torch.
+struct Geometry {
+  int64_t in, out, kernel, stride, padding, dilation;
+};
+
+// The outputs phase, phase + phases, ...: a correlation, whose tap t is tap first + t * step of the filter.
+struct Phase {
+  Axis axis;
+  int64_t first, step;
+};
+
+std::vector<Phase> forward_phases(const Geometry& g) {
+  return {{{g.kernel, g.stride, g.dilation, -g.padding, g.in}, 0, 1}};
+}
+
+std::vector<Phase> adjoint_phases(const Geometry& g) {
+  const int64_t common = std::gcd(g.stride, g.dilation), every = g.stride / common, step = g.dilation / common;
+  std::vector<Phase> phases;
+  for (int64_t phase = 0; phase < g.stride; ++phase) {
+    // Input i is read by output o with tap k where i + padding = o * stride + k * dilation.
+    int64_t k = 0;
+    while (k < every && (phase + g.padding - k * g.dilation) % g.stride != 0) ++k;
+    const int64_t taps = k < every && k < g.kernel ? ceil_div(g.kernel - k, every) : 0;
+    const int64_t nearest = (phase + g.padding - k * g.dilation) / g.stride;  // the output under tap k; others precede it
+    phases.push_back({{taps, 1, step, nearest - (taps - 1) * step, g.out}, k + (taps - 1) * every, -every});
+  }
+  return phases;
+}
+
+// The taps of output i that lie in the image.
+Range taps_inside(const Axis& axis, int64_t i) {
+  const int64_t origin = i * axis.stride + axis.offset;
+  const int64_t begin = origin < 0 ? std::min(ceil_div(-origin, axis.step), axis.taps) : 0;
+  const int64_t end = origin < axis.size ? std::min(ceil_div(axis.size - origin, axis.step), axis.taps) : 0;
+  return {begin, std::max(begin, end)};
+}
+
+// The rows under output row i of these taps.
+template <class T>
+Window<T> window_of(Pixels<const T> x, const Axis& axis, int64_t image, int64_t i, Range taps) {
+  const int64_t first = i * axis.stride + taps.begin * axis.step + axis.offset;
+  return {x.data + image * x.image + first * x.row, axis.step * x.row, x.pixel, taps.end - taps.begin};
+}
+
+// The filters for one direction: for each phase of rows, then of columns, [taps][taps][channels].
+class Correlation {
+ public:
+  Correlation(std::vector<Phase> rows, std::vector<Phase> columns, const Tensor& weight, int64_t channels)
+      : rows_(std::move(rows)),
+        columns_(std::move(columns)),
+        channels_(channels),
+        memory_(Scratch::kFilters, weight.size(2) * weight.size(3) * channels) {
+    const float* const from = weight.const_data_ptr<float>();
+    const int64_t stride = weight.stride(0), stride_y = weight.stride(2), stride_x = weight.stride(3);
+    float* to = memory_.data();
+    for (const Phase& y : rows_)
+      for (const Phase& x : columns_) {
+        filters_.push_back(to);
+        for (int64_t i = 0; i < y.axis.taps; ++i)
+          for (int64_t j = 0; j < x.axis.taps; ++j, to += channels) {
+            const float* const tap = from + (y.first + i * y.step) * stride_y + (x.first + j * x.step) * stride_x;
+            for (int64_t c = 0; c < channels; ++c) to[c] = tap[c * stride];
+          }
+      }
+  }
+
+  // One row of y, which has `width` pixels.
+  template <class T>
+  void row(const DepthwiseKernels<T>& kernels, Pixels<const T> x, const float* bias, Pixels<T> y, int64_t image,
+           int64_t row, int64_t width) const {
+    const int64_t row_phases = rows_.size(), column_phases = columns_.size(), phase = row % row_phases;
+    const Phase& p = rows_[phase];
+    const Range taps = taps_inside(p.axis, row / row_phases);
+    const Window<T> window = window_of(x, p.axis, image, row / row_phases, taps);
+    for (int64_t i = 0; i < std::min(column_phases, width); ++i) {
+      const float* const filters = filters_[phase * column_phases + i] + taps.begin * columns_[i].axis.taps * channels_;
+      T* const out = y.data + image * y.image + row * y.row + i * y.pixel;
+      kernels.correlate(columns_[i].axis, window, filters, bias,
+                        {out, column_phases * y.pixel, ceil_div(width - i, column_phases)}, channels_);
+    }
+  }
+
+ private:
+  std::vector<Phase> rows_, columns_;
+  int64_t channels_;
+  Scratch memory_;
+  std::vector<float*> filters_;
+};
+
+// The sums of the filters' gradient over one thread's rows: in float for some pixels at a time, in double in all.
+template <class T>
+class FilterGradient {
+ public:
+  // totals [kernel][kernel][channels]
+  FilterGradient(const DepthwiseKernels<T>& kernels, const Axis& rows, const Axis& columns, int64_t channels,
+                 double* totals)
+      : kernels_(kernels),
+        rows_(rows),
+        columns_(columns),
+        channels_(channels),
+        row_(round_up(channels, kernels.lanes)),
+        memory_(Scratch::kFilterGradients, taps() * row_),
+        totals_(totals) {
+    std::fill_n(memory_.data(), taps() * row_, 0.f);
+  }
+  ~FilterGradient() { kernels_.flush(memory_.data(), totals_, taps(), channels_); }
+
+  void add_row(Pixels<const T> x, Pixels<const T> dy, int64_t image, int64_t row, int64_t width) {
+    const Range inside = taps_inside(rows_, row);
+    const T* const upstream = dy.data + image * dy.image + row * dy.row;
+    kernels_.accumulate(columns_, window_of(x, rows_, image, row, inside), {upstream, dy.pixel, width},
+                        memory_.data() + inside.begin * columns_.taps * row_, channels_);
+    constexpr int64_t kPixels = 512;
+    if ((pixels_ += width) < kPixels) return;
+    kernels_.flush(memory_.data(), totals_, taps(), channels_);
+    pixels_ = 0;
+  }
+
+ private:
+  int64_t taps() const { return rows_.taps * columns_.taps; }
+
+  const DepthwiseKernels<T>& kernels_;
+  Axis rows_, columns_;
+  int64_t channels_, row_, pixels_ = 0;
+  Scratch memory_;
+  double* totals_;
+};
+
+// Below about the work of starting a thread.
+int64_t threads_for(const Tensor& t) {
+  constexpr int64_t kSerial = 32768;
+  return t.numel() < kSerial ? 1 : torch::stable::get_num_threads();
+}
+
+template <class T>
+void forward(const Tensor& x, const Correlation& correlation, const float* bias, Tensor& y) {
+  const auto kernels = depthwise_kernels<T>();
+  const auto in = pixels<T>(x);
+  const auto out = dense_pixels<T>(y);
+  const int64_t height = y.size(2), width = y.size(3);
+  parallel_parts(x.size(0) * height, threads_for(y), [&](Range r) {
+    for (int64_t i = r.begin; i < r.end; ++i)
+      correlation.row(kernels, in, bias, out, i / height, i % height, width);
+  });
+}
+
+// Row after row of the upstream gradient: into the gradient of the filters, and to the rows of dx that lie over it.
+template <class T>
+void backward(const Tensor& grad, const Tensor& x, const Geometry& rows, const Geometry& columns,
+              const Correlation* adjoint, Tensor* grad_weight, Tensor* dx) {
+  const auto kernels = depthwise_kernels<T>();
+  const auto in = pixels<T>(x), upstream = pixels<T>(grad);
+  const auto out = dx ? std::optional(dense_pixels<T>(*dx)) : std::nullopt;
+  const int64_t channels = x.size(1), taps = rows.kernel * columns.kernel, threads = threads_for(x);
+  const std::vector<float> zero(channels);
+  std::vector<double> totals(grad_weight ? threads * taps * channels : 0);
+
+  parallel(threads, [&](int64_t thread) {
+    std::optional<FilterGradient<T>> sums;
+    if (grad_weight)
+      sums.emplace(kernels, forward_phases(rows)[0].axis, forward_phases(columns)[0].axis, channels,
+                   &totals[thread * taps * channels]);
+    for_parts(part(x.size(0) * rows.out, thread, threads), 1, [&](Range r) {
+      for (int64_t i = r.begin; i < r.end; ++i) {
+        const int64_t image = i / rows.out, row = i % rows.out;
+        if (sums) sums->add_row(in, upstream, image, row, columns.out);
+        if (!out) continue;
+        const Range over = part(rows.in, row, rows.out);
+        for (int64_t j = over.begin; j < over.end; ++j)
+          adjoint->row(kernels, upstream, zero.data(), *out, image, j, columns.in);
+      }
+    });
+  });
+  if (!grad_weight) return;
+  float* const gw = grad_weight->mutable_data_ptr<float>();
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    float* const to = gw + tap / columns.kernel * grad_weight->stride(2) + tap % columns.kernel * grad_weight->stride(3);
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = 0.0;
+      for (int64_t thread = 0; thread < threads; ++thread) sum += totals[(thread * taps + tap) * channels + c];
+      to[c * grad_weight->stride(0)] += static_cast<float>(sum);
+    }
+  }
+}
+
+void check_filters(const char* op, const char* name, const Tensor& t, int64_t channels) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float && t.size(0) >= channels && t.size(1) == 1, op,
+                  ": ", name, ": expected float32 [>= ", channels, ", 1, kh, kw], got ", shape_of(t));
+}
+
+// One dimension each, after the checks that both directions share.
+std::vector<Geometry> geometry_of(const char* op, const Tensor& x, const Tensor& weight,
+                                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                  const std::vector<int64_t>& dilation) {
+  STD_TORCH_CHECK(x.dim() == 4, op, ": x: expected [N, C, H, W], got ", shape_of(x));
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16, op,
+                  ": x: expected float32 or bfloat16");
+  STD_TORCH_CHECK(channels_innermost(x), op, ": x: expected channels innermost (channels_last)");
+  check_filters(op, "weight", weight, x.size(1));
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
+                  ": stride, padding, dilation: expected two numbers each");
+  std::vector<Geometry> geometry;
+  for (int64_t d = 0; d < 2; ++d) {
+    const int64_t in = x.size(2 + d), kernel = weight.size(2 + d);
+    STD_TORCH_CHECK(stride[d] >= 1 && padding[d] >= 0 && dilation[d] >= 1, op,
+                    ": stride, padding, dilation: expected at least 1, 0 and 1, got ", stride[d], ", ", padding[d],
+                    " and ", dilation[d]);
+    const int64_t slack = in + 2 * padding[d] - dilation[d] * (kernel - 1) - 1;
+    STD_TORCH_CHECK(kernel >= 1 && slack >= 0, op, ": x: expected at least the pixels that the filter covers, got ",
+                    shape_of(x), " for ", shape_of(weight));
+    geometry.push_back({in, slack / stride[d] + 1, kernel, stride[d], padding[d], dilation[d]});
+  }
+  return geometry;
+}
+
+}  // namespace
+
+Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::vector<int64_t> stride,
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+  const char* op = "depthwise_conv2d";
+  const auto geometry = geometry_of(op, x, weight, stride, padding, dilation);
+  const int64_t channels = x.size(1);
+  const Geometry &rows = geometry[0], &columns = geometry[1];
+  std::vector<float> offset(channels);
+  if (bias.has_value()) std::copy_n(input_vector(op, "bias", bias, channels), channels, offset.begin());
+  Tensor y = new_images(x, channels, rows.out, columns.out);
+  if (y.numel() == 0) return y;
+  const Correlation correlation(forward_phases(rows), forward_phases(columns), weight, channels);
+  const auto run = x.scalar_type() == ScalarType::Float ? forward<float> : forward<BFloat16>;
+  run(x, correlation, offset.data(), y);
+  return y;
+}
+
+Tensor depthwise_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                 std::optional<Tensor> grad_weight, bool need_grad_x, std::vector<int64_t> stride,
+                                 std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+  const char* op = "depthwise_conv2d_backward";
+  const auto geometry = geometry_of(op, x, weight, stride, padding, dilation);
+  const int64_t channels = x.size(1);
+  const Geometry &rows = geometry[0], &columns = geometry[1];
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), op, ": grad: expected the dtype of x");
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == x.size(0) && grad.size(1) == channels &&
+                      grad.size(2) == rows.out && grad.size(3) == columns.out,
+                  op, ": grad: expected [", x.size(0), ", ", channels, ", ", rows.out, ", ", columns.out, "], got ",
+                  shape_of(grad));
+  if (grad_weight.has_value()) {
+    check_filters(op, "grad_weight", *grad_weight, channels);
+    STD_TORCH_CHECK(grad_weight->size(2) == rows.kernel && grad_weight->size(3) == columns.kernel, op,
+                    ": grad_weight: expected the filters of the weight, ", shape_of(weight), ", got ",
+                    shape_of(*grad_weight));
+  }
+  const Tensor dy = channels_innermost(grad) ? grad : torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
+  Tensor dx = need_grad_x ? new_images(x, channels, rows.in, columns.in) : torch::stable::new_empty(x, {0});
+  if (x.numel() == 0) return dx;
+  std::optional<Correlation> adjoint;
+  if (need_grad_x) adjoint.emplace(adjoint_phases(rows), adjoint_phases(columns), weight, channels);
+  const auto run = x.scalar_type() == ScalarType::Float ? backward<float> : backward<BFloat16>;
+  run(dy, x, rows, columns, adjoint ? &*adjoint : nullptr, grad_weight.has_value() ? &*grad_weight : nullptr,
+      need_grad_x ? &dx : nullptr);
+  return dx;
+}
+
+}  // namespace us3l

@@ -1,0 +1,170 @@
+// The kernels of depthwise_kernels.h, written once. Each depthwise_<isa>.cpp includes this file inside a namespace of its
+// own, with LANES floats to a vector, under that instruction set's compiler options. So nothing here may be a function of
+// the standard library: the linker would keep one copy of it for all.
+
+#include "vector_body.h"
+#include "bfloat16_body.h"
+
+#define US3L_LAMBDA(...) [&](__VA_ARGS__) __attribute__((always_inline))
+
+// Calls f(channel, repeated) for vectors of W lanes that cover the channels, of which there are W at least. The last may
+// lap over the one before, so that there is no tail: its first `repeated` lanes were there already.
+template <int W, class F>
+US3L_INLINE void for_vectors(std::int64_t channels, const F& f) {
+  std::int64_t c = 0;
+  for (; c + W <= channels; c += W) f(c, std::int64_t{0});
+  if (c < channels) f(channels - W, c - (channels - W));
+}
+
+// What P neighbouring outputs of a row read of a row of the input, K neighbouring taps at a time.
+//
+// Where K > 1, those are all the taps, the columns under them lie side by side, and the stride is S. K = 1 (with S = 1)
+// serves every other geometry: the columns under one tap are the stride apart.
+template <class T, int K, int S, int P>
+struct Columns {
+  std::int64_t unit, tap, first, size, pixel;  // the distance of two columns, and of two taps, in pixels
+
+  Columns(const Axis& axis, std::int64_t output, std::int64_t pixel)
+      : unit(K == 1 ? axis.stride : 1),
+        tap(axis.step),
+        first(output * axis.stride + axis.offset),
+        size(axis.size),
+        pixel(pixel) {}
+
+  // Calls f(k, p, v) for tap t + k and output p, where their input v is in the image.
+  template <int W, class F>
+  US3L_INLINE void visit(const T* row, std::int64_t t, const F& f) const {
+    const std::int64_t column = first + t * tap;
+    const T* const in = row + column * pixel;
+    US3L_UNROLL
+    for (int j = 0; j < (P - 1) * S + K; ++j) {
+      if (static_cast<std::uint64_t>(column + j * unit) >= static_cast<std::uint64_t>(size)) continue;
+      const Float<W> v = load<W>(in + j * unit * pixel);
+      US3L_UNROLL
+      for (int k = 0; k < K; ++k)
+        if (j >= k && (j - k) % S == 0 && (j - k) / S < P) f(k, (j - k) / S, v);
+    }
+  }
+};
+
+template <class T, int W, int K, int S, int P>
+void correlate_block(const Axis& axis, const Window<T>& x, const float* filters, const float* bias, const Line<T>& y,
+                     std::int64_t output, std::int64_t channels) {
+  const Columns<T, K, S, P> columns(axis, output, x.pixel);
+  for_vectors<W>(channels, US3L_LAMBDA(std::int64_t c, std::int64_t) {
+    Float<W> sum[P];
+    US3L_UNROLL
+    for (int p = 0; p < P; ++p) sum[p] = load<W>(bias + c);
+    const T* row = x.data + c;
+    const float* filter = filters + c;
+    for (std::int64_t r = 0; r < x.rows; ++r, row += x.row)
+      for (std::int64_t t = 0; t < (K > 1 ? K : axis.taps); t += K, filter += K * channels) {
+        Float<W> tap[K];
+        US3L_UNROLL
+        for (int k = 0; k < K; ++k) tap[k] = load<W>(filter + k * channels);
+        columns.template visit<W>(row, t, US3L_LAMBDA(int k, int p, Float<W> v) { sum[p] += tap[k] * v; });
+      }
+    T* const out = y.data + output * y.pixel + c;
+    US3L_UNROLL
+    for (int p = 0; p < P; ++p) store<W>(out + p * y.pixel, sum[p]);
+  });
+}
+
+US3L_INLINE std::int64_t row_of_sums(std::int64_t channels) { return (channels + LANES - 1) / LANES * LANES; }
+
+template <class T, int W, int K, int S, int P>
+void accumulate_block(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t output,
+                      std::int64_t channels) {
+  const Columns<T, K, S, P> columns(axis, output, x.pixel);
+  const std::int64_t sums_row = row_of_sums(channels);
+  for_vectors<W>(channels, US3L_LAMBDA(std::int64_t c, std::int64_t repeated) {
+    Float<W> grad[P];
+    const T* const upstream = dy.data + output * dy.pixel + c;
+    US3L_UNROLL
+    for (int p = 0; p < P; ++p) grad[p] = load<W>(upstream + p * dy.pixel);
+    const T* row = x.data + c;
+    float* to = sums + c + repeated;  // repeated lanes have a place of their own, that is not read
+    for (std::int64_t r = 0; r < x.rows; ++r, row += x.row)
+      for (std::int64_t t = 0; t < (K > 1 ? K : axis.taps); t += K, to += K * sums_row) {
+        Float<W> sum[K];
+        US3L_UNROLL
+        for (int k = 0; k < K; ++k) sum[k] = load<W>(to + k * sums_row);
+        columns.template visit<W>(row, t, US3L_LAMBDA(int k, int p, Float<W> v) { sum[k] += grad[p] * v; });
+        US3L_UNROLL
+        for (int k = 0; k < K; ++k) store<W>(to + k * sums_row, sum[k]);
+      }
+  });
+}
+
+// Totals in the order of the channels.
+template <int W>
+void flush_sums(float* sums, double* totals, std::int64_t count, std::int64_t channels) {
+  const std::int64_t sums_row = row_of_sums(channels);
+  for (std::int64_t n = 0; n < count; ++n, sums += sums_row, totals += channels)
+    for_vectors<W>(channels, US3L_LAMBDA(std::int64_t c, std::int64_t repeated) {
+      for (std::int64_t i = repeated; i < W; ++i) totals[c + i] += sums[c + repeated + i];
+      store<W>(sums + c + repeated, Float<W>{});
+    });
+}
+
+// Calls f<W, K, S, P>(output) for blocks of outputs that are as equal as can be: small ones share little.
+template <int W, int K, int S, class F>
+US3L_INLINE void for_blocks(std::int64_t count, const F& f) {
+  constexpr std::int64_t kMost = 8;
+  const std::int64_t blocks = (count + kMost - 1) / kMost;
+  for (std::int64_t i = 0; i < blocks; ++i) {
+    const std::int64_t output = count * i / blocks, pixels = count * (i + 1) / blocks - output;
+    switch (pixels) {
+#define US3L_PIXELS(p) \
+  case p:              \
+    f.template operator()<W, K, S, p>(output); \
+    break;
+      US3L_PIXELS(1) US3L_PIXELS(2) US3L_PIXELS(3) US3L_PIXELS(4)
+      US3L_PIXELS(5) US3L_PIXELS(6) US3L_PIXELS(7) US3L_PIXELS(8)
+#undef US3L_PIXELS
+    }
+  }
+}
+
+// The same, with what fits the axis and the channels of W, K and S.
+template <class F>
+US3L_INLINE void for_blocks(const Axis& axis, std::int64_t channels, std::int64_t count, const F& f) {
+  if (channels < LANES / 2) return for_blocks<1, 1, 1>(count, f);
+  if (channels < LANES) return for_blocks<LANES / 2, 1, 1>(count, f);
+  const std::int64_t taps = axis.step == 1 ? axis.taps : 0;
+  if (axis.stride == 1 && taps == 2) return for_blocks<LANES, 2, 1>(count, f);
+  if (axis.stride == 1 && taps == 3) return for_blocks<LANES, 3, 1>(count, f);
+  if (axis.stride == 1 && taps == 5) return for_blocks<LANES, 5, 1>(count, f);
+  if (axis.stride == 2 && taps == 3) return for_blocks<LANES, 3, 2>(count, f);
+  if (axis.stride == 2 && taps == 5) return for_blocks<LANES, 5, 2>(count, f);
+  for_blocks<LANES, 1, 1>(count, f);
+}
+
+template <class T>
+void correlate(const Axis& axis, const Window<T>& x, const float* filters, const float* bias, const Line<T>& y,
+               std::int64_t channels) {
+  for_blocks(axis, channels, y.count, [&]<int W, int K, int S, int P>(std::int64_t output) {
+    correlate_block<T, W, K, S, P>(axis, x, filters, bias, y, output, channels);
+  });
+}
+
+template <class T>
+void accumulate(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t channels) {
+  for_blocks(axis, channels, dy.count, [&]<int W, int K, int S, int P>(std::int64_t output) {
+    accumulate_block<T, W, K, S, P>(axis, x, dy, sums, output, channels);
+  });
+}
+
+void flush(float* sums, double* totals, std::int64_t count, std::int64_t channels) {
+  const auto pass = channels < LANES / 2 ? flush_sums<1> : channels < LANES ? flush_sums<LANES / 2> : flush_sums<LANES>;
+  pass(sums, totals, count, channels);
+}
+
+template <class T>
+DepthwiseKernels<T> depthwise_kernels() {
+  return {LANES, correlate<T>, accumulate<T>, flush};
+}
+template DepthwiseKernels<float> depthwise_kernels();
+template DepthwiseKernels<BFloat16> depthwise_kernels();
+
+#undef US3L_LAMBDA
