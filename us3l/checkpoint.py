@@ -15,6 +15,7 @@ A checkpoint is one file, a dict written by `torch.save` and read with `weights_
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import random
@@ -148,9 +149,12 @@ class CheckpointFolder:
         return paths
 
     def set_aside(self, paths: list[Path]) -> Path:
-        """Move checkpoints of this folder to `abandoned/` in it, where nothing looks for them; returns its path."""
-        aside = self.path / "abandoned"
-        aside.mkdir(exist_ok=True)
+        """Move checkpoints of this folder to a new `abandoned-N/` in it, where nothing looks for them; returns its path.
+
+        N counts from 1: what was set aside before may have the same names.
+        """
+        aside = next(path for n in itertools.count(1) if not (path := self.path / f"abandoned-{n}").exists())
+        aside.mkdir()
         for path in paths:
             path.replace(aside / path.name)
         return aside

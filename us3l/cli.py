@@ -6,6 +6,7 @@ import importlib
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from us3l.monitor import say
 if TYPE_CHECKING:
     from us3l.config import Config
     from us3l.evaluation import SGDProtocol
+    from us3l_kernels.width import Width
 
 app = typer.Typer(
     help="Universally slimmable self-supervised learning: one run, one set of weights, a network for every width.",
@@ -36,6 +38,14 @@ class Probe(str, Enum):
 
     knn = "knn"
     linear = "linear"
+
+
+class Format(str, Enum):
+    """What an exported sub-network is written as."""
+
+    torch = "torch"
+    safetensors = "safetensors"
+    onnx = "onnx"
 
 
 class Protocol(str, Enum):
@@ -79,9 +89,9 @@ def pretrain(
     else:
         loaded = configs.load(config, overrides or ())
     with launched(resolve_device(loaded.train.device).type) as world:
-        if world.is_main:
-            console.print(escape(configs.to_yaml(loaded)), highlight=False)
         trainer = Trainer(loaded, world=world, console=console)
+        if world.is_main:  # after the data were found: an error is not to be looked for below a page of keys
+            console.print(escape(configs.to_yaml(loaded)), highlight=False)
         if resume is not None:
             trainer.resume(resume)
         if trainer.epoch == loaded.train.epochs:
@@ -148,6 +158,60 @@ def calibrate(checkpoint: Checkpoint, overrides: Overrides = None, widths: Width
     table = statistics(method.encoder_q)
     checkpoints.save(checkpoint, {**checkpoints.load(checkpoint), "statistics": table})
     console.print(f"{checkpoint} holds the statistics of the widths {', '.join(table)}")
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    width: Annotated[
+        str, typer.Option(help="A width, or a plan: 0.5,layer3=0.25 is layer3 at 0.25 and the rest at 0.5.")
+    ] = "0.5",
+    format: Annotated[
+        Format, typer.Option(help="A torch.export program; weights with a plain PyTorch file; an ONNX model.")
+    ] = Format.torch,
+    out: Annotated[
+        Path | None, typer.Option(help="File, or folder of safetensors; default: by model and width, beside CKPT.")
+    ] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="Put batch norms into the convolutions before them.")] = False,
+) -> None:
+    """Write a sub-network as a plain PyTorch or ONNX model, compared with the sliced network.
+
+    It is calibrated on the run's training data, unless the checkpoint has statistics of this width. Its output are
+    the pooled features.
+    """
+    from us3l import export as exports
+    from us3l.data import image_size
+    from us3l.evaluation import calibrate as calibrate_width
+    from us3l.report import quantity
+    from us3l_kernels.nn.calibration import statistics
+    from us3l_kernels.width import width_key
+
+    wanted = _parse_width(width)
+    checkpoint = _newest(checkpoint)
+    config, method = _restore(checkpoint, overrides, [wanted])
+    size = image_size(config.data)
+    name = f"{config.model.name}_{width}{exports.SUFFIXES[format.value]}"
+    try:
+        if width_key(wanted) not in statistics(method.encoder_q):
+            with console.status(f"calibrating width {width}"):
+                calibrate_width(method.encoder_q, _data(checkpoint, config).train_eval, wanted)
+        written = exports.export(
+            method.encoder_q,
+            wanted,
+            checkpoint.parent / "export" / name if out is None else out,
+            image_shape=(config.model.in_channels or 0, size, size),
+            format=format.value,
+            fold=fold,
+            about={"model": config.model.name, "data": config.data.name, "checkpoint": checkpoint.name},
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    console.print(
+        f"Wrote {written.path}: {quantity(written.params)} parameters, {quantity(written.macs)} MACs, "
+        f"{written.features} features. Read back, its output is the sub-network's to {written.error:.1e}",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -294,6 +358,27 @@ def _parse_widths(text: str) -> list[float]:
     return widths
 
 
+def _parse_width(text: str) -> Width:
+    """"0.5", or a plan: "0.5,layer3=0.25"."""
+    from us3l_kernels.width import width_key
+
+    plan: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = part.rpartition("=")
+        try:
+            plan[name] = float(value)
+        except ValueError:
+            raise ConfigError(
+                f"--width: expected a width or a plan such as 0.5,layer3=0.25, got {text!r}"
+            ) from None
+    width: Width = plan[""] if set(plan) == {""} else plan
+    try:
+        width_key(width)
+    except ValueError as error:
+        raise ConfigError(f"--width: {error}") from None
+    return width
+
+
 # Keys of the data that do not change what a network sees in calibration.
 _SAME_IMAGES = ("data.root", "data.workers", "data.batch_size")
 
@@ -311,16 +396,23 @@ def _newest(path: Path) -> Path:
 
 
 def _open(
-    path: Path, overrides: list[str] | None, widths: list[float], *, other_images: bool = True
+    path: Path, overrides: list[str] | None, widths: Sequence[Width], *, other_images: bool = True
 ) -> tuple[Config, Any, Any]:
-    """Configuration, method (on the configured device, calibrated as stored) and data of a checkpoint.
+    """What :func:`_restore` gives, and the data."""
+    config, method = _restore(path, overrides, widths, other_images=other_images)
+    return config, method, _data(path, config)
+
+
+def _restore(
+    path: Path, overrides: list[str] | None, widths: Sequence[Width], *, other_images: bool = True
+) -> tuple[Config, Any]:
+    """Configuration and method (on the configured device, calibrated as stored) of a checkpoint.
 
     Overrides may change where things are and run (`data.*`, `train.device`, ...), but not the network. Statistics that
     were stored for other images are dropped; with other_images=False, overrides that ask for others are refused.
     """
     from us3l import checkpoint as checkpoints
     from us3l import config as configs
-    from us3l.data import make_data
     from us3l.engine import resolve_device
 
     saved = checkpoints.load(path)
@@ -338,19 +430,25 @@ def _open(
     if images and saved["statistics"] is not None:
         saved["statistics"] = None
         say(errors, f"The statistics in {path} were taken with another {', '.join(images)}: taking them anew.")
-    if config.model.norm == "switchable" and not set(widths) <= set(config.sampler.widths):
+    if config.model.norm == "switchable" and not all(width in config.sampler.widths for width in widths):
         raise ConfigError(
             f"--widths: the switchable norms of {path} have the widths {config.sampler.widths} alone, got {widths}"
         )
-    device = resolve_device(config.train.device)
-    data = make_data(config.data, config.train.seed, device=device)
+    return config, checkpoints.restore(saved).to(resolve_device(config.train.device))
+
+
+def _data(path: Path, config: Config) -> Any:
+    """The data of a checkpoint's configuration, on its device."""
+    from us3l.data import make_data
+    from us3l.engine import resolve_device
+
+    data = make_data(config.data, config.train.seed, device=resolve_device(config.train.device))
     if data.in_channels != config.model.in_channels:
         raise ConfigError(
             f"data.name={config.data.name}: its images have {data.in_channels} channels, but the network in {path} "
             f"takes {config.model.in_channels}"
         )
-    method = checkpoints.restore(saved).to(device)
-    return config, method, data
+    return data
 
 
 def _protocol(protocol: Protocol, config: Config) -> SGDProtocol | None:

@@ -521,11 +521,11 @@ def slim(
     _check_convertible(model, modules)
     if divisor < 1:
         raise ValueError(f"divisor: expected an integer >= 1, got {divisor}")
-    example = _example(model, modules) if example_input is None else example_input
+    example = example_of(model) if example_input is None else example_input
     # On the meta device nothing is computed and nothing of the model is touched. Two samples tell a batch from a
     # dimension of size 1.
     example = torch.empty_like(example[:1].expand(2, *example.shape[1:]), device="meta")
-    trace = _Trace(_on_meta(model), divisor)
+    trace = _Trace(on_meta(model), divisor)
     trace.run(example, 1.0)
     _keep_named(trace, keep, modules)
     while not trace.run(example, 0.4):  # a width at which hardly two numbers of channels coincide with other sizes
@@ -548,8 +548,9 @@ def _check_convertible(model: nn.Module, modules: Mapping[str, nn.Module]) -> No
             )
 
 
-def _example(model: nn.Module, modules: Mapping[str, nn.Module]) -> Tensor:
-    first = next((module for module in modules.values() if isinstance(module, nn.Conv2d)), None)
+def example_of(model: nn.Module) -> Tensor:
+    """Two images on the meta device, of the size in timm's configuration of `model`, or of 224 pixels."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         raise ValueError(
             f"example_input: expected a tensor, as {type(model).__name__} has no convolution to tell its shape"
@@ -559,7 +560,7 @@ def _example(model: nn.Module, modules: Mapping[str, nn.Module]) -> Tensor:
     return torch.empty(2, first.in_channels, *size, dtype=first.weight.dtype, device="meta")
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: nn.Module) -> nn.Module:
     """A copy of `model` on the meta device, made without a copy of its tensors."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)

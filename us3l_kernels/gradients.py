@@ -15,13 +15,12 @@ communication of a step.
 
 `.grad` stays an ordinary tensor: clipping, GradScaler and stock optimizers work. So does a stock `zero_grad()`; it
 lets go of the gradients only, and `flat` follows with the next backward. What cannot work on an attached
-model says so: `torch.autograd.grad` with respect to an attached parameter, tensor hooks on one, and
-DistributedDataParallel (the flat buffer is the bucket: reduce it once).
+model says so: `torch.autograd.grad` with respect to an attached parameter, tensor hooks on one,
+`load_state_dict(assign=True)`, and DistributedDataParallel (the flat buffer is the bucket: reduce it once).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -128,8 +127,8 @@ class GradientBuffer:
     between slots is zero for ever, so that norms and all-reduces may run over the whole of it.
     """
 
-    def __init__(self, named_parameters: Iterator[tuple[str, nn.Parameter]]) -> None:
-        named = [(n, p) for n, p in named_parameters if p.requires_grad]
+    def __init__(self, model: nn.Module) -> None:
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("attach: expected a model with parameters that require gradients, got none")
         kinds = {(p.dtype, p.device) for _, p in named}
@@ -151,6 +150,7 @@ class GradientBuffer:
             slot = Slot(self, p, name, self.flat.as_strided(p.shape, strides, start))
             p._us3l_slot = slot  # type: ignore[attr-defined]
             self.slots.append(slot)
+        self._guards = [module.register_load_state_dict_pre_hook(_refuse_assign) for module in model.modules()]
         self.zero_()
 
     def zero_(self) -> None:
@@ -167,6 +167,21 @@ class GradientBuffer:
                 slot.view.zero_()
                 slot.touched, slot.zero = False, True
 
+    def release(self) -> None:
+        """Let the model load as any other again."""
+        for guard in self._guards:
+            guard.remove()
+
+
+def _refuse_assign(module: nn.Module, state: Any, prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+    """Before a module loads a state_dict. Parameters put in place of attached ones would leave the buffer unused."""
+    attached = [name for name, p in module.named_parameters(recurse=False) if slot_of(p) is not None]
+    if attached and metadata.get("assign_to_params_buffers", False):
+        raise RuntimeError(
+            f"load_state_dict(assign=True) would replace {prefix + attached[0]!r}, whose gradient is attached. Load "
+            "without assign, or detach the model first, and attach it again (and make its optimizer) afterwards"
+        )
+
 
 def attach(model: nn.Module) -> GradientBuffer:
     """Accumulate the gradients of `model` in place from now on. Returns the buffer that holds them.
@@ -176,7 +191,7 @@ def attach(model: nn.Module) -> GradientBuffer:
     """
     if isinstance(model, DistributedDataParallel):
         raise ValueError("attach: expected the model itself, got it wrapped in DistributedDataParallel")
-    return GradientBuffer(model.named_parameters())
+    return GradientBuffer(model)
 
 
 def detach(model: nn.Module) -> None:
@@ -185,6 +200,7 @@ def detach(model: nn.Module) -> None:
         slot = slot_of(p)
         if slot is not None:
             slot.release()
+            slot.buffer.release()
 
 
 def slot_of(parameter: Tensor) -> Slot | None:

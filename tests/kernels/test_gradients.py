@@ -286,6 +286,24 @@ def test_ddp_raises(setup, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_loading_by_assignment_raises_and_changes_nothing(setup):
+    network, x, grad = setup
+    buffer = attach(network)
+    other = {name: torch.zeros_like(value) for name, value in network.state_dict().items()}
+    for part, prefix in ((network, ""), (network.conv, "conv.")):
+        state = {name.removeprefix(prefix): value for name, value in other.items() if name.startswith(prefix)}
+        with pytest.raises(RuntimeError, match="assign=True.*would replace '.*weight', whose gradient is attached"):
+            part.load_state_dict(state, assign=True)
+    assert network.conv.weight.count_nonzero() > 0
+    network.load_state_dict(copy.deepcopy(network).state_dict())  # as ever
+    network(x).backward(grad)
+    assert buffer.flat.count_nonzero() > 0
+    copy.deepcopy(network).load_state_dict(other, assign=True)  # a copy is not attached
+    detach(network)
+    network.load_state_dict(other, assign=True)
+    assert not network.conv.weight.any()
+
+
 def test_moving_an_attached_model_raises(setup):
     network, x, grad = setup
     attach(network)

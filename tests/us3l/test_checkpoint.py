@@ -279,7 +279,7 @@ def test_a_torn_newest_file_is_passed_over_aloud(tmp_path: Path, uninterrupted: 
     text = console.export_text()
     assert "Warning" in text and str(newest) in text and "Going back" in text
     run.fit()
-    assert (tmp_path / "abandoned" / newest.name).is_file() and (tmp_path / "abandoned" / "best.pt").is_file()
+    assert (tmp_path / "abandoned-1" / newest.name).is_file() and (tmp_path / "abandoned-1" / "best.pt").is_file()
     assert_bit_identical(run, uninterrupted)
 
 
@@ -361,9 +361,9 @@ def test_resuming_from_an_older_checkpoint_abandons_the_later_ones(
     with pytest.raises(ZeroDivisionError):
         run.fit()
     moved = ["best.pt", "step-000000008.pt", "step-000000010.pt", "step-000000013.pt"]
-    assert sorted(path.name for path in (tmp_path / "abandoned").iterdir()) == moved
+    assert sorted(path.name for path in (tmp_path / "abandoned-1").iterdir()) == moved
     text = console.export_text()
-    assert "Warning" in text and all(name in text for name in moved) and str(tmp_path / "abandoned") in text
+    assert "Warning" in text and all(name in text for name in moved) and str(tmp_path / "abandoned-1") in text
 
     run = trainer(tmp_path)
     assert run.resume("auto") and run.steps_done == 5
@@ -386,3 +386,13 @@ def test_restore_brings_back_weights_and_calibrated_statistics(tmp_path: Path) -
     assert list(again) == ["0.5"]
     for name, (mean, variance) in table["0.5"].items():
         assert torch.equal(mean, again["0.5"][name][0]) and torch.equal(variance, again["0.5"][name][1])
+
+
+def test_what_is_set_aside_twice_is_kept_twice(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for timeline in ("first", "second"):
+        path = tmp_path / "step-000000002.pt"
+        path.write_text(timeline)
+        folder.set_aside([path])
+    kept = [(tmp_path / f"abandoned-{n}" / "step-000000002.pt").read_text() for n in (1, 2)]
+    assert kept == ["first", "second"] and not list(folder)

@@ -64,7 +64,7 @@ def test_help_needs_no_torch() -> None:
     program = "import sys; from us3l.cli import app; sys.exit('torch' in sys.modules or 'omegaconf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     output = run("--help")
-    for command in ("pretrain", "evaluate", "calibrate", "profile", "doctor", "parity", "reproduce", "demo", "bench"):
+    for command in ("pretrain", "evaluate", "calibrate", "export", "profile", "doctor", "parity", "reproduce", "demo", "bench"):
         assert command in output
 
 
@@ -79,6 +79,16 @@ def test_pretrain_needs_no_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     less = ["data.train_samples=16", "data.test_samples=16", "data.batch_size=16", "train.epochs=1", "train.threads=1"]
     assert "in_channels: 1" in run("pretrain", *less)
     assert checkpoints.load("runs/us3l/step-000000001.pt")["config"]["model"]["in_channels"] == 1
+
+
+def test_missing_data_are_said_before_the_configuration(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "needs data.root" in fails(capsys, monkeypatch, "pretrain", "data.name=cifar10")
+    monkeypatch.setattr(sys, "argv", ["us3l", "pretrain", "data.name=cifar10"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "epochs:" not in capsys.readouterr().out
 
 
 def test_resume_auto_goes_on_and_a_path_brings_its_configuration(trained: Path, tmp_path: Path) -> None:

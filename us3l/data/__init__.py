@@ -16,7 +16,7 @@ from us3l.errors import DataError
 if TYPE_CHECKING:
     from us3l.config import DataConfig
 
-__all__ = ["Data", "EvaluationLoader", "Labelled", "LinearLoader", "TwoViewLoader", "make_data"]
+__all__ = ["Data", "EvaluationLoader", "Labelled", "LinearLoader", "TwoViewLoader", "image_size", "make_data"]
 
 _NATIVE_SIZE = {"fashion_mini": 14, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32}
 _RANDOM_TRAIN, _RANDOM_TEST, _RANDOM_SIZE, _FOLDER_SIZE = 512, 256, 32, 224
@@ -44,9 +44,9 @@ def make_data(
         train = subset(train, cfg.train_samples, "data.train_samples")
         test = subset(test, cfg.test_samples, "data.test_samples")
         order = EpochOrder(len(train), cfg.batch_size, seed, rank, world_size)
-        size = cfg.size or _FOLDER_SIZE
+        size = image_size(cfg)
         return folder_data(train, test, num_classes, order, size, cfg.crop_scale, cfg.workers, device)
-    size = _size(cfg)
+    size = image_size(cfg)
     data = _read(cfg, size)
     data = replace(
         data,
@@ -57,8 +57,10 @@ def make_data(
     return tensor_data(data, order, size, cfg.crop_scale, device)
 
 
-def _size(cfg: DataConfig) -> int:
+def image_size(cfg: DataConfig) -> int:
     """Side of the images the networks see; larger than the files' is resized, smaller is refused."""
+    if cfg.name == "image_folder":
+        return cfg.size or _FOLDER_SIZE
     if cfg.name == "random":
         return cfg.size or _RANDOM_SIZE
     native = _NATIVE_SIZE.get(cfg.name)

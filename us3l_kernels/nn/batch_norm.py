@@ -76,7 +76,7 @@ class SlicedBatchNorm(Sliced, _Norm):
             self.moments[self.width_key].update(x)
             return self._normalise(x, residual, views=current_views())
         if not self.training:
-            return self._normalise(x, residual, self._evaluation_statistics(channels), training=False)
+            return self._normalise(x, residual, self.evaluation_statistics(channels), training=False)
         self.forget_calibration()
         return self._train(x, residual, current_views())
 
@@ -91,7 +91,11 @@ class SlicedBatchNorm(Sliced, _Norm):
             self.track_running_stats and self.width_key == self.running_key and channels == self.num_features
         )
 
-    def _evaluation_statistics(self, channels: int) -> tuple[Tensor, Tensor]:
+    def evaluation_statistics(self, channels: int) -> tuple[Tensor, Tensor]:
+        """Mean [C] and biased variance [C] that normalise in evaluation at the width in effect.
+
+        Raises RuntimeError if there are none for this width, ValueError if they are of another number of channels.
+        """
         if self.width_key in self.calibrated:
             mean, var = self.calibrated[self.width_key]
             if mean.size(0) != channels:
