@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from us3l_kernels.backends import measured
+
 # Freed memory stays in the process: otherwise large batches measure page faults of the kernel (8-22 % of a step),
 # and by chance those of one side more than those of another.
 ALLOCATOR = (
@@ -156,10 +158,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torchvision": metadata.version("torchvision"),
         "commit": _commit(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": measured.cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "tuned": measured.table(device.type).fingerprint(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "allocator": os.environ.get("GLIBC_TUNABLES"),
     }
@@ -178,15 +181,6 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return described.stdout.strip()
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:

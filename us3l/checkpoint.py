@@ -190,30 +190,21 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
     """What the numbers of a run depend on, besides its configuration."""
-    from us3l_kernels.backends import BACKENDS, requested
+    from us3l_kernels.backends import BACKENDS, measured, requested
 
     return {
         "processes": processes,
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "cpu": _cpu_name(),
+        "cpu": measured.cpu_name(),  # matrix products are cut to its caches, which decides the order of their sums
         "isa": torch.backends.cpu.get_cpu_capability(),
         "backends": [name for name, backend in BACKENDS.items() if backend.unavailable() is None],
         "requested": requested() | {"US3L_ISA": os.environ.get("US3L_ISA", "auto")},
+        "tuned": measured.table(device.type).fingerprint(),
         "torch": str(torch.__version__),
         "us3l": __version__,
         "python": platform.python_version(),
     }
-
-
-def _cpu_name() -> str:
-    """Model of the processor: matrix products are cut to its caches, which decides the order of their sums."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def check_environment(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -224,7 +215,7 @@ def check_environment(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """
     keys = ["processes", "device"]
     if now["device"] == "cpu":
-        keys += ["threads", "cpu", "isa", "backends", "requested", "torch", "us3l"]
+        keys += ["threads", "cpu", "isa", "backends", "requested", "tuned", "torch", "us3l"]
     changes = [f"{key}: {saved[key]} then, {now[key]} now" for key in keys if saved[key] != now[key]]
     if changes:
         raise CheckpointError(

@@ -261,6 +261,50 @@ def doctor() -> None:
 
 
 @app.command()
+def tune(
+    model: Annotated[str, typer.Option(help="E.g. resnet18, resnet50, mobilenet_v2.")] = "resnet18",
+    size: Annotated[int, typer.Option("--input", min=8, help="Side of the images, pixels.")] = 32,
+    stem: Annotated[str, typer.Option(help="cifar, imagenet, small, or auto: cifar up to 32 pixels.")] = "auto",
+    batch: Annotated[int, typer.Option(min=2, help="Images per step; each gives two views.")] = 64,
+    widths: Annotated[str, typer.Option(help="Widths of a step, the full one first.")] = "1.0,0.6,0.25",
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16 (autocast).")] = "fp32",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Measure which backend is the fastest for each call of a training step, and use it from now on."""
+    import torch
+
+    from us3l import config as configs
+    from us3l import report
+    from us3l.engine import TrainStep, resolve_device
+    from us3l.methods import build_method
+    from us3l_kernels.backends import measured
+    from us3l_kernels.tune import tune as tune_calls
+
+    wanted = _parse_widths(widths)
+    if dtype not in ("fp32", "bf16"):
+        raise ConfigError(f"--dtype: expected fp32 or bf16, got {dtype!r}")
+    stem = ("cifar" if size <= 32 else "imagenet") if stem == "auto" else stem
+    config = configs.load(
+        None,
+        [
+            f"model.name={model}", f"model.stem={stem}", "model.in_channels=3", "sampler.kind=fixed",
+            f"sampler.widths={wanted}", f"train.amp={'none' if dtype == 'fp32' else dtype}",
+            *(["method.distillation=none"] if len(wanted) == 1 else []),
+        ],
+    )  # fmt: skip
+    if threads is not None:
+        torch.set_num_threads(threads)
+    target = resolve_device(device)
+    step = TrainStep(config, build_method(config).to(target).to(memory_format=torch.channels_last))
+    images = torch.randn(2 * batch, 3, size, size, device=target).to(memory_format=torch.channels_last)
+    with console.status("one step") as status:
+        measurements = tune_calls(lambda: step(images, wanted, lr=0.0, alpha=0.0), progress=status.update)
+    console.print(report.tuning_table(measurements))
+    console.print(f"Written to {measured.path()}", soft_wrap=True)
+
+
+@app.command()
 def parity(
     file: Annotated[Path, typer.Argument(help="Numbers of the published algorithm (JSON).")],
     backend: Annotated[str | None, typer.Option(help="Of the sliced operations; default: automatic.")] = None,

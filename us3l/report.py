@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from us3l_kernels.backends.measured import Measurement
 
 Row = Mapping[str, Any]  # one sub-network: width, accuracy (%), macs, params, ... (us3l.evaluation.evaluate)
 
@@ -54,6 +58,30 @@ def evaluation_table(rows: Sequence[Row], *, title: str) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(str(row["width"]), f"{row['accuracy']:.2f}", quantity(row["macs"]), quantity(row["params"]))
+    return table
+
+
+def tuning_table(measurements: Sequence[Measurement]) -> Table:
+    """One line per operation: how long its calls take on each backend, and on the chosen ones."""
+    backends = list(dict.fromkeys(name for m in measurements for name in m.forward))
+    columns = ("operation", "calls", *(f"{name} ms" for name in backends), "chosen ms")
+    table = Table(*columns, title="The different calls of a step")
+    for op in dict.fromkeys(m.call[0] for m in measurements):
+        totals, fastest, taken = dict.fromkeys(backends, 0.0), 0.0, Counter[str]()
+        for m in (m for m in measurements if m.call[0] == op):
+            gradients = m.backward is not None
+            seconds, choice = m.seconds(gradients), m.choice(gradients)
+            assert seconds is not None and choice is not None
+            fastest += seconds[choice.backend]
+            taken[choice.backend] += 1
+            for name in backends:
+                totals[name] += seconds.get(name, float("nan"))
+        table.add_row(
+            op,
+            str(taken.total()),
+            *(f"{total * 1e3:.1f}" if total == total else "cannot run all" for total in totals.values()),
+            f"{fastest * 1e3:.1f} (" + ", ".join(f"{count} {name}" for name, count in taken.items()) + ")",
+        )
     return table
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from us3l_kernels import _native
-from us3l_kernels.backends import BACKENDS, OPS
+from us3l_kernels.backends import BACKENDS, OPS, measured
 from us3l_kernels.errors import SettingError
 from us3l_kernels.version import __version__
 
@@ -63,7 +63,6 @@ def _gpu() -> Finding:
 def _backends() -> list[Finding]:
     """Per backend which operations and dtypes it takes, asked with the tensors it likes best."""
     findings = []
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for name, backend in BACKENDS.items():
         try:
             reason = backend.unavailable()
@@ -73,7 +72,7 @@ def _backends() -> list[Finding]:
             findings.append(Finding(f"backend {name}", False, reason))
             continue
         taken = []
-        for device in devices:
+        for device in _devices():
             for op in OPS:
                 dtypes = [str(d).removeprefix("torch.") for d in _dtypes_of(name, op, device)]
                 if dtypes:
@@ -99,6 +98,22 @@ def _dtypes_of(name: str, op: str, device: str) -> list[torch.dtype]:
     return taken
 
 
+def _tuning() -> Finding:
+    """Whether this machine has measured choices of backends."""
+    file = measured.path()
+    if file is None:
+        return Finding("tuned choices", False, "none: US3L_TUNE_CACHE is empty")
+    counts = {device: len(measured.table(device).measurements) for device in _devices()}
+    if not any(counts.values()):
+        found = "has none for this machine and build" if file.exists() else "is not there"
+        return Finding("tuned choices", False, f"{file} {found}: heuristics choose; `us3l tune` measures")
+    return Finding("tuned choices", True, ", ".join(f"{n} calls ({d})" for d, n in counts.items()) + f" in {file}")
+
+
+def _devices() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 def report() -> list[Finding]:
     """All findings, in the order in which a person asks: versions, machine, libraries, backends."""
     machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
@@ -109,4 +124,5 @@ def report() -> list[Finding]:
         _native_library(),
         _cuda_library(),
         *_backends(),
+        _tuning(),
     ]

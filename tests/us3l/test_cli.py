@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from us3l import checkpoint as checkpoints
 from us3l import cli
 from us3l_kernels import _native
+from us3l_kernels.backends import measured
 
 TINY = [
     "model.name=resnet_tiny", "model.stem=small", "model.base_channels=8", "model.divisor=4",
@@ -64,8 +65,8 @@ def test_help_needs_no_torch() -> None:
     program = "import sys; from us3l.cli import app; sys.exit('torch' in sys.modules or 'omegaconf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     output = run("--help")
-    for command in ("pretrain", "evaluate", "calibrate", "export", "profile", "doctor", "parity", "reproduce", "demo", "bench"):
-        assert command in output
+    commands = "pretrain evaluate calibrate export profile tune doctor parity reproduce demo bench"
+    assert all(command in output for command in commands.split())
 
 
 def test_pretrain_writes_what_it_says(trained: Path) -> None:
@@ -178,6 +179,24 @@ def test_profile_is_the_table_of_the_paper(tmp_path: Path) -> None:
     assert json.loads(file.read_text(encoding="utf-8"))["rows"][0]["params"] == 11689512
     output = run("profile", "resnet18", "--input", 32, "--stem", "cifar", "--classes", 100)
     assert re.search(r"0\.71 .*35", output)
+
+
+def test_tune_measures_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tune.json"
+    monkeypatch.setenv("US3L_TUNE_CACHE", str(file))
+    monkeypatch.setattr(measured, "_tables", {})
+    monkeypatch.setattr("us3l_kernels.tune.LEAST_SECONDS", 1e-6)
+    small = ["--model", "resnet_tiny", "--input", 8, "--batch", 2, "--widths", "1.0,0.5", "--threads", 1]
+    output = run("tune", *small)
+    assert str(file) in output.replace("\n", "")
+    if _native.load() is not None:
+        assert "batch_norm" in output and len(measured.load("cpu").measurements) > 3
+    assert "tuned choices" in run("doctor")
+    assert "--dtype: expected fp32 or bf16" in fails(capsys, monkeypatch, "tune", "--dtype", "fp64")
+    monkeypatch.setenv("US3L_TUNE_CACHE", "")
+    assert "US3L_TUNE_CACHE: expected a file" in fails(capsys, monkeypatch, "tune", *small)
 
 
 def test_doctor_lists_backends() -> None:

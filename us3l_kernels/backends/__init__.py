@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from us3l_kernels.backends import measured
 from us3l_kernels.errors import BackendError, SettingError
 
 log = logging.getLogger("us3l_kernels")
@@ -223,7 +224,8 @@ def _from_environment() -> dict[str, str]:
 
 
 def choose(op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str:
-    """The name of the backend for `op`: the requested one (or an error), else the first that can run it well.
+    """The name of the backend for `op`: the requested one (or an error), else the one measured to be the fastest on
+    this machine (`us3l_kernels.tune`), else, for a call that was not measured, the first that can run it well.
 
     arguments: see `Backend.why_not`.
     """
@@ -231,6 +233,27 @@ def choose(op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str:
     if requested != "auto":
         BACKENDS[requested].can_run(op, x, weight, raise_error=True, **arguments)
         return requested
+    return measured_choice(op, x, weight, arguments) or heuristic_choice(op, x, weight, arguments)
+
+
+def measured_choice(op: str, x: Tensor, weight: Tensor | None, arguments: dict[str, Any]) -> str | None:
+    """What this machine's table has for the call; None if it was not measured."""
+    call = measured.describe(op, x, weight, arguments)
+    if torch.compiler.is_compiling() and not measured.is_static(call):
+        return None
+    gradients = torch.is_grad_enabled()
+    weight_gradient = gradients and weight is not None and weight.requires_grad
+    found = measured.look_up(call, gradients and x.requires_grad, weight_gradient)
+    if found is None:
+        return None
+    name, reason = found
+    if not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
+        log.debug("%s: on %s: %s", op, name, reason)
+    return name
+
+
+def heuristic_choice(op: str, x: Tensor, weight: Tensor | None, arguments: dict[str, Any]) -> str:
+    """The first backend that can run the call and does not know of a faster one; BackendError if there is none."""
     for name, candidate in BACKENDS.items():
         runs = candidate.can_run(op, x, weight, **arguments)
         if runs and candidate.why_slower(op, x, weight, **arguments) is None:
