@@ -149,7 +149,7 @@ class CheckpointFolder:
         return paths
 
     def set_aside(self, paths: list[Path]) -> Path:
-        """Move checkpoints of this folder to a new `abandoned-N/` in it, where nothing looks for them; returns its path.
+        """Move checkpoints of this folder to a new `abandoned-N/` in it, where nothing looks for them; gives its path.
 
         N counts from 1: what was set aside before may have the same names.
         """
