@@ -24,7 +24,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "us3l_kernels"
-CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall"]
+CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the ABI of torch 2.10
 
 

@@ -62,4 +62,20 @@ Tensor depthwise_conv2d_backward(const Tensor& grad, const Tensor& x, const Tens
                                  std::vector<std::int64_t> stride, std::vector<std::int64_t> padding,
                                  std::vector<std::int64_t> dilation);
 
+// The optimizers' updates, each in one pass over memory. Element k of every list goes with parameter k and has its shape;
+// all are float32, in any layout: dense ones laid out alike, rows outermost, are worked on where they lie.
+using Tensors = std::vector<Tensor>;
+
+// SGD with momentum (buffers: none if `momentum` is 0), where group g of the rows decays by weight_decay * (1 - alpha * g)
+// (groups.h); then the teachers, if any, as in `ema_`.
+void sgd_(Tensors params, Tensors grads, Tensors momentum_buffers, Tensors teachers, double lr, double momentum,
+          double weight_decay, bool nesterov, double alpha, std::int64_t groups, double ema_momentum);
+
+// AdamW whose decoupled decay is that of `sgd_`; `steps` counts each parameter's updates, this one included.
+void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, std::vector<std::int64_t> steps,
+            double lr, double beta1, double beta2, double eps, double weight_decay, double alpha, std::int64_t groups);
+
+// teacher = momentum * teacher + (1 - momentum) * student; a teacher equal to its student stays exactly that.
+void ema_(Tensors teachers, Tensors students, double momentum);
+
 }  // namespace us3l

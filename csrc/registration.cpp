@@ -24,10 +24,14 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
   m.def(
       "depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, bool need_grad_x, "
       "int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
-  // csrc/cuda/multi_tensor.cu
+  // Optimizers over lists of float32 tensors: csrc/cpu/multi_tensor.cpp, csrc/cuda/multi_tensor.cu
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] teachers, float lr, "
       "float momentum, float weight_decay, bool nesterov, float alpha, int groups, float ema_momentum) -> ()");
+  m.def(
+      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, int[] steps, "
+      "float lr, float beta1, float beta2, float eps, float weight_decay, float alpha, int groups) -> ()");
+  m.def("ema_(Tensor(a!)[] teachers, Tensor[] students, float momentum) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(us3l_native, CPU, m) {
@@ -37,4 +41,7 @@ STABLE_TORCH_LIBRARY_IMPL(us3l_native, CPU, m) {
   m.impl("conv2d_3x3_backward", TORCH_BOX(&us3l::conv2d_3x3_backward));
   m.impl("depthwise_conv2d", TORCH_BOX(&us3l::depthwise_conv2d));
   m.impl("depthwise_conv2d_backward", TORCH_BOX(&us3l::depthwise_conv2d_backward));
+  m.impl("sgd_", TORCH_BOX(&us3l::sgd_));
+  m.impl("adamw_", TORCH_BOX(&us3l::adamw_));
+  m.impl("ema_", TORCH_BOX(&us3l::ema_));
 }

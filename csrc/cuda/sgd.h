@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../groups.h"
+
 #ifdef __CUDACC__
 #define US3L_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -55,14 +57,6 @@ struct SgdOptions {
   float ema_weight;  // 1 - momentum of the teacher
   bool nesterov;
 };
-
-// Elements of one group of a non-empty tensor. Rows are the output channels of 4-D parameters and the elements of 1-D
-// ones; any other parameter is one group.
-inline int64_t group_numel(int64_t dim, int64_t rows, int64_t numel, int64_t groups) {
-  if (dim != 1 && dim != 4) return numel;
-  const int64_t rows_per_group = rows / groups;
-  return (rows_per_group > 1 ? rows_per_group : 1) * (numel / rows);
-}
 
 // Four floats that are loaded and stored in one 16-byte access.
 struct alignas(16) Float4 {

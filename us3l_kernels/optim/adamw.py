@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
+from us3l_kernels.optim import kernels
 from us3l_kernels.optim.ema import EMA
 from us3l_kernels.optim.group_decay import GroupDecayOptimizer, check_number, decay_factors
 
@@ -22,7 +23,10 @@ class AdamW(GroupDecayOptimizer):
     takes what is left over. Rows are the output channels (first dimension) of 4-D parameters and the elements
     of 1-D ones; others decay as group 0. The decay is decoupled (Loshchilov and Hutter, ICLR 2019): unlike
     the regulariser in the loss, it does not pass through the moments. With alpha = 0 the result is that of
-    torch.optim.AdamW(foreach=True), bit for bit.
+    torch.optim.AdamW(foreach=True): bit for bit where no kernel of ours runs.
+
+    A group of fp32 parameters on the CPU is updated by one kernel in one pass over memory, where the compiled
+    library is there. It rounds differently from the foreach operations that do all else.
 
     A parameter takes part in a step if it has a gradient: `.grad` is not None and, where it is attached
     (us3l_kernels.gradients), something was added to it since it was zeroed.
@@ -83,27 +87,44 @@ class AdamW(GroupDecayOptimizer):
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"] = torch.zeros_like(param)
                 state["exp_avg_sq"] = torch.zeros_like(param)
-        lr, weight_decay, alpha = group["lr"], group["weight_decay"], group["alpha"]
-        if weight_decay != 0.0 and alpha == 0.0:
-            torch._foreach_mul_(params, 1.0 - lr * weight_decay)
-        elif weight_decay != 0.0:
-            factors = [decay_factors(param, alpha, group["groups"]) for param in params]
-            torch._foreach_addcmul_(params, params, factors, value=-lr * weight_decay)
         states = [self.state[param] for param in params]
-        adamw(
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            max_exp_avg_sqs=[],
-            state_steps=[state["step"] for state in states],
-            foreach=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=lr,
-            weight_decay=0.0,
-            eps=group["eps"],
-            maximize=False,
-        )
+        exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        steps = [state["step"] for state in states]
+        if kernels.takes("adamw_", params, grads, exp_avgs, exp_avg_sqs):
+            torch._foreach_add_(steps, 1)
+            kernels.adamw_(params, grads, exp_avgs, exp_avg_sqs, [int(step) for step in steps], group)
+        else:
+            _foreach_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, group)
         return ()
+
+
+def _foreach_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    group: dict[str, Any],
+) -> None:
+    lr, weight_decay, alpha = group["lr"], group["weight_decay"], group["alpha"]
+    if weight_decay != 0.0 and alpha == 0.0:
+        torch._foreach_mul_(params, 1.0 - lr * weight_decay)
+    elif weight_decay != 0.0:
+        factors = [decay_factors(param, alpha, group["groups"]) for param in params]
+        torch._foreach_addcmul_(params, params, factors, value=-lr * weight_decay)
+    adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs=[],
+        state_steps=steps,
+        foreach=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=lr,
+        weight_decay=0.0,
+        eps=group["eps"],
+        maximize=False,
+    )

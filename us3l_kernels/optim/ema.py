@@ -8,6 +8,8 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor
 
+from us3l_kernels.optim import kernels
+
 
 class EMA:
     """Momentum encoder: teacher = momentum * teacher + (1 - momentum) * student, in place (MoCo, eq. 2).
@@ -57,7 +59,11 @@ class EMA:
         """Average every student into its teacher, except those in `done` (averaged by a step)."""
         self.check()
         pairs = [(teacher, student) for student, teacher in self.teacher_of.items() if student not in done]
-        if pairs:
-            teachers, students = zip(*pairs, strict=True)
-            # One pass over the teachers and no temporary; a teacher equal to its student stays exactly that.
+        if not pairs:
+            return
+        teachers, students = map(list, zip(*pairs, strict=True))
+        # Either way one pass without a temporary, and a teacher equal to its student stays exactly that.
+        if kernels.takes("ema_", teachers, students):
+            kernels.ema_(teachers, students, self.momentum)
+        else:
             torch._foreach_lerp_(teachers, students, 1.0 - self.momentum)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from us3l_kernels import _native
+from us3l_kernels.optim import kernels
 from us3l_kernels.optim.ema import EMA
 from us3l_kernels.optim.group_decay import GroupDecayOptimizer, check_number, decay_factors
 
@@ -22,14 +22,15 @@ class SGD(GroupDecayOptimizer):
     Rows are the output channels (first dimension) of 4-D parameters and the elements of 1-D ones; others
     decay as group 0. This is exactly the gradient of sum_g lambda (1 - alpha g) ||p_g||^2 in the loss, with
     lambda = weight_decay / 2 (Cao, Sun and Zhou, CVPR 2023). Momentum is that of torch.optim.SGD without
-    dampening, and with alpha = 0 the result is that of torch.optim.SGD(foreach=True), bit for bit.
+    dampening, and with alpha = 0 the result is that of torch.optim.SGD(foreach=True): bit for bit where no
+    kernel of ours runs.
 
     A parameter takes part in a step if it has a gradient: `.grad` is not None and, where it is attached
     (us3l_kernels.gradients), something was added to it since it was zeroed.
 
-    A group of fp32 parameters on a CUDA device, contiguous or channels_last with gradients alike, is
-    updated by one kernel in one pass over memory, together with the teacher of `step(ema=...)`, where the
-    CUDA library is built. It rounds differently from the foreach operations that do all else.
+    A group of fp32 parameters on the CPU, or on a CUDA device and contiguous or channels_last with gradients
+    alike, is updated by one kernel in one pass over memory, together with the teacher of `step(ema=...)`,
+    where the compiled library is there. It rounds differently from the foreach operations that do all else.
 
     Args: (each may differ per parameter group and change between steps)
         params: parameters, (name, parameter) pairs, or dicts of parameter groups; floating-point, any device.
@@ -88,14 +89,16 @@ class SGD(GroupDecayOptimizer):
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], ema: EMA | None
     ) -> Iterable[Tensor]:
         buffers = self._momentum_buffers(params) if group["momentum"] != 0.0 else []
-        if not _kernel_takes(params, grads, buffers):
+        if not kernels.takes("sgd_", params, grads, buffers):
             _foreach_sgd(params, grads, buffers, group)
             return ()
         teacher_of = {} if ema is None else ema.teacher_of
-        averaged = {p for p in params if p in teacher_of and _alike(p, teacher_of[p])}
+        averaged = {p for p in params if p in teacher_of and kernels.takes("sgd_", [p], [teacher_of[p]])}
         for with_teacher in (True, False):
             chosen = [i for i, p in enumerate(params) if (p in averaged) is with_teacher]
-            _kernel_sgd(
+            if not chosen:
+                continue
+            kernels.sgd_(
                 [params[i] for i in chosen],
                 [grads[i] for i in chosen],
                 [buffers[i] for i in chosen] if buffers else [],
@@ -121,49 +124,3 @@ def _foreach_sgd(
         torch._foreach_add_(buffers, grads)
         grads = list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
     torch._foreach_add_(params, grads, alpha=-group["lr"])
-
-
-def _alike(param: Tensor, other: Tensor) -> bool:
-    """Whether both are dense and lie in memory in the same order."""
-    if other.dtype is not param.dtype or other.device != param.device:
-        return False
-    if param.is_contiguous():
-        return other.is_contiguous()
-    return all(t.is_contiguous(memory_format=torch.channels_last) for t in (param, other))
-
-
-def _kernel_takes(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> bool:
-    first = params[0]
-    return (
-        first.is_cuda
-        and first.dtype is torch.float32
-        and _native.load_cuda() is not None
-        and all(p.dtype is first.dtype and p.device == first.device for p in params)
-        and all(map(_alike, params, grads))
-        and all(map(_alike, params, buffers))
-    )
-
-
-def _kernel_sgd(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    teachers: list[Tensor],
-    group: dict[str, Any],
-    ema_momentum: float,
-) -> None:
-    torch.ops.us3l_native.sgd_(
-        params,
-        grads,
-        buffers,
-        teachers,
-        lr=group["lr"],
-        momentum=group["momentum"],
-        weight_decay=group["weight_decay"],
-        nesterov=group["nesterov"],
-        alpha=group["alpha"],
-        groups=group["groups"],
-        ema_momentum=ema_momentum,
-    )
-    # A native operator does not count its writes; caches of weights rely on the count.
-    torch.autograd.graph.increment_version([*params, *buffers, *teachers])
