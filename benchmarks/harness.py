@@ -7,6 +7,7 @@ quartiles and ratios of medians; never a time without the versions, the processo
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -20,15 +21,18 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from us3l_kernels.backends import measured
+from us3l_kernels.backends import measured, requested
 
 # Freed memory stays in the process: otherwise large batches measure page faults of the kernel (8-22 % of a step),
 # and by chance those of one side more than those of another.
 ALLOCATOR = (
     "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
 )
+
+FEWEST_ROUNDS = 5  # of which a median is worth reporting
 
 
 class Mismatch(AssertionError):
@@ -48,18 +52,23 @@ def interleave(
     *,
     rounds: int,
     warmup: int,
+    seconds: float = math.inf,
     synchronise: Callable[[], None] = lambda: None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[float]]:
     """Seconds of every side in every round. Sides take turns (A B A B), so that drift of the machine hits all of them.
 
     A side is called with the number of the round, from which it picks its input set: in a round all sides get the
-    same one. `synchronise` waits for the device before the clock is read. The first `warmup` rounds are not counted.
+    same one. `synchronise` waits for the device before the clock is read. The first `warmup` rounds are not counted;
+    after `seconds` no further round starts, but `FEWEST_ROUNDS` (or `rounds`, if that is less) are always measured.
     """
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
     samples: dict[str, list[float]] = {name: [] for name in sides}
+    end = time.perf_counter() + seconds
     for turn in range(warmup + rounds):
+        if turn >= warmup + FEWEST_ROUNDS and time.perf_counter() >= end:
+            break
         for name, side in sides.items():
             synchronise()
             start = time.perf_counter()
@@ -133,10 +142,20 @@ def synchroniser(device: torch.device) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def gemm_peak(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
-    """Operations per second of the best square matrix product: the roof that direct convolutions cannot pass."""
+def peaks(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Operations per second of a large matrix product and of a wide 3x3 convolution, both as torch runs them: the best
+    of them is the roof that direct convolutions cannot pass (on some processors torch.mm is the weaker one).
+    """
+    size, channels, side, images = 2048, 256, 16, 32
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    return 2 * size**3 / _best(lambda: a @ b, device)
+    x = torch.randn(images, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3, device=device).to(x)
+    products = {
+        "matrix product": (lambda: a @ b, size**3),
+        "convolution": (lambda: F.conv2d(x, weight, padding=1), x.numel() * channels * 9),
+    }
+    with torch.no_grad():
+        return {name: 2 * count / _best(work, device) for name, (work, count) in products.items()}
 
 
 def copy_bandwidth(device: torch.device, megabytes: int = 256) -> float:
@@ -181,6 +200,16 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return described.stdout.strip()
+
+
+def report(benchmark: str, config: Mapping[str, Any], device: torch.device, **readings: Any) -> dict[str, Any]:
+    """A result as it is written: which benchmark, its readings, the settings, and where they were taken."""
+    return {
+        "benchmark": benchmark,
+        **readings,
+        "config": {**config, "backends": requested()},
+        "versions": environment(device),
+    }
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:

@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import geometric_mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness import Mismatch, environment, interleave, summarise, synchroniser
+from benchmarks.harness import Mismatch, interleave, report, summarise, synchroniser
 from benchmarks.rivals import VIEWS, BatchNorm1d, BatchNorm2d, Conv2d, Linear, Norm, Settings, Student, geometry
 from us3l_kernels import gradients, views
 from us3l_kernels.nn import SlicedBatchNorm1d, SlicedBatchNorm2d, SlicedConv2d, SlicedLinear
@@ -22,19 +23,20 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """A layer of the eager network at one width, and the shape [C, ...] of what it reads there."""
+    """A layer of the eager network at one width, and the shapes [C, ...] of what it reads and gives there."""
 
     layer: Conv2d | Linear | BatchNorm1d | BatchNorm2d
     width: float
     shape: tuple[int, ...]
+    output: tuple[int, ...]
 
     @property
     def kind(self) -> str:
-        """Operation, kernel and stride: what results are averaged over."""
+        """Operation, kernel and stride: what results are averaged over. A stem reads colours, not channels."""
         layer = self.layer
         if isinstance(layer, Conv2d):
-            depthwise = "depthwise " if layer.groups > 1 else ""
-            return f"{depthwise}conv {layer.kernel_size[0]}x{layer.kernel_size[1]}/{layer.stride[0]}"
+            prefix = "depthwise " if layer.groups > 1 else "stem " if layer.in_channels <= 3 else ""
+            return f"{prefix}conv {layer.kernel_size[0]}x{layer.kernel_size[1]}/{layer.stride[0]}"
         return "linear" if isinstance(layer, Linear) else "norm+relu"
 
     @property
@@ -49,8 +51,23 @@ class Case:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """What is timed: a norm gives all its gradients at once."""
-        return ("forward", "backward") if isinstance(self.layer, Norm) else ("forward", "dX", "dW")
+        """What is timed: a norm gives all its gradients at once, images have none."""
+        if isinstance(self.layer, Norm):
+            return ("forward", "backward")
+        return ("forward", "dW") if self.kind.startswith("stem") else ("forward", "dX", "dW")
+
+    def work(self, direction: str, batch: int, itemsize: int) -> tuple[str, float]:
+        """What a call has to do: ("gflops", multiplications and additions of the direct way, 1e9), the same in every
+        direction; or for a norm ("gbps", bytes if x, y, dy and dx went through memory once each, 1e9).
+        """
+        layer = self.layer
+        if isinstance(layer, Norm):
+            tensors = 2 if direction == "forward" else 3
+            return "gbps", tensors * batch * torch.Size(self.shape).numel() * itemsize / 1e9
+        products = self.shape[0]
+        if isinstance(layer, Conv2d):
+            products = (1 if layer.groups > 1 else products) * layer.kernel_size[0] * layer.kernel_size[1]
+        return "gflops", 2 * batch * torch.Size(self.output).numel() * products / 1e9
 
 
 def cases(settings: Settings, size: int) -> Iterator[Case]:
@@ -58,14 +75,14 @@ def cases(settings: Settings, size: int) -> Iterator[Case]:
     student = Student(settings)
     found: dict[tuple[Any, ...], Case] = {}
 
-    def add(layer: Any, inputs: tuple[Tensor]) -> None:
-        case = Case(copy.deepcopy(layer), width, tuple(inputs[0].shape[1:]))
-        case.layer._forward_pre_hooks.clear()
-        found.setdefault((case.name, width), case)
+    def add(layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        case = Case(copy.deepcopy(layer), width, tuple(inputs[0].shape[1:]), tuple(output.shape[1:]))
+        case.layer._forward_hooks.clear()
+        found.setdefault((case.name, case.shape, case.output), case)
 
     for layer in student.modules():
         if isinstance(layer, (Conv2d, Linear, Norm)):
-            layer.register_forward_pre_hook(add)
+            layer.register_forward_hook(add)
     for width in settings.widths:
         with torch.no_grad():
             student(torch.randn(VIEWS, 3, size, size, device=settings.device), width)
@@ -139,16 +156,37 @@ def task(
     return input_gradient
 
 
-def tasks(
-    case: Case, direction: str, *, batch: int, settings: Settings
-) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float]]:
-    """The task of either side, and their errors beside float64: largest error over largest value."""
+class Comparison(NamedTuple):
+    """work: the task of either side. errors: largest error beside float64 over the largest value. backend: who computes
+    us3l's, as the dispatcher chose.
+    """
+
+    work: dict[str, Callable[[], Tensor]]
+    errors: dict[str, float]
+    backend: str
+
+
+class _Backends(TorchDispatchMode):
+    """Collects the backends of the sliced operators that run inside: their last argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "us3l":
+            self.names.add(args[-1])
+        return op(*args, **(kwargs or {}))
+
+
+def compare(case: Case, direction: str, *, batch: int, settings: Settings) -> Comparison:
+    """The tasks of both sides, ready to be timed. Raises `Mismatch` if one of them is wrong."""
     generator = torch.Generator().manual_seed(0)
     memory_format = torch.channels_last if len(case.shape) == 3 else torch.contiguous_format
-    x = torch.randn(batch, *case.shape, generator=generator).to(settings.device, memory_format=memory_format)
-    with torch.no_grad():
-        shape = Eager(case)(x.contiguous()).shape
-    grad = torch.randn(shape, generator=generator).to(settings.device, memory_format=memory_format)
+    x, grad = (
+        torch.randn(batch, *shape, generator=generator).to(settings.device, settings.dtype, memory_format=memory_format)
+        for shape in (case.shape, case.output)
+    )
     layers = {"us3l": library_layer(case), "eager": Eager(case)}
     work = {}
     for name, layer in layers.items():
@@ -159,11 +197,14 @@ def tasks(
     expected = task(Eager(case).double(), direction, x.double(), grad.double(), torch.float64)()
     largest = expected.abs().max().item()
     errors = {}
-    for name, call in work.items():
-        errors[name] = (call().double() - expected).abs().max().item() / largest
-        if not errors[name] <= TOLERANCES[settings.dtype]:
-            raise Mismatch(f"{name}, {case.name}, width {case.width:g}, {direction}: largest error {errors[name]:.2e}")
-    return work, errors
+    with _Backends() as backends:
+        for name, call in work.items():
+            errors[name] = (call().double() - expected).abs().max().item() / largest
+            if not errors[name] <= TOLERANCES[settings.dtype]:
+                raise Mismatch(
+                    f"{name}, {case.name}, width {case.width:g}, {direction}: largest error {errors[name]:.2e}"
+                )
+    return Comparison(work, errors, "+".join(sorted(backends.names)))
 
 
 def _in_any_round(call: Callable[[], Tensor]) -> Callable[[int], Tensor]:
@@ -176,45 +217,48 @@ def measure(
     size: int,
     batch: int,
     rounds: int,
+    seconds: float,
+    only: str = "",
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Times, ratios and errors of every case and direction, and the geometric means of the ratios by kind."""
+    """Times, ratios, errors, backend and attained rate of every case and direction whose case has `only` in its name.
+
+    By kind and direction: the geometric means of the ratios, and the least of them. `rounds`: at most, `seconds`: about
+    how long each row is measured at most. Raises ValueError if no case has `only` in its name.
+    """
+    found = [case for case in cases(settings, size) if only in case.name]
+    if not found:
+        names = ", ".join(dict.fromkeys(case.name for case in cases(settings, size)))
+        raise ValueError(f"only: no layer has {only!r} in its name; there are {names}")
     rows: list[dict[str, Any]] = []
-    for case in cases(settings, size):
+    for number, case in enumerate(found, start=1):
         for direction in case.directions:
-            progress(f"{case.name}, width {case.width:g}, {direction}")
-            work, errors = tasks(case, direction, batch=batch, settings=settings)
+            progress(f"{number} of {len(found)}: {case.name}, width {case.width:g}, {direction}")
+            work, errors, backend = compare(case, direction, batch=batch, settings=settings)
             samples = interleave(
                 {name: _in_any_round(call) for name, call in work.items()},
                 rounds=rounds,
                 warmup=3,
+                seconds=seconds,
                 synchronise=synchroniser(settings.device),
             )
             summary = summarise(samples, subject="us3l")
             del summary["samples_ms"]
+            unit, amount = case.work(direction, batch, settings.dtype.itemsize)
+            attained = {name: amount / ms * 1e3 for name, ms in summary["median_ms"].items()}
             rows.append(
-                {"layer": case.name, "kind": case.kind, "width": case.width, "direction": direction}
+                {"layer": case.name, "kind": case.kind, "width": case.width, "direction": direction, "backend": backend}
                 | summary
-                | {"errors": errors}
+                | {"errors": errors, unit: attained}
             )
-    kinds = dict.fromkeys((row["kind"], row["direction"]) for row in rows)
-    means = {
-        f"{kind}, {direction}": geometric_mean(
-            row["ratios"]["eager"] for row in rows if (row["kind"], row["direction"]) == (kind, direction)
-        )
-        for kind, direction in kinds
-    }
-    return {
-        "rows": rows,
-        "geometric_mean_ratios": means,
-        "config": {
-            "model": settings.model,
-            "stem": settings.stem,
-            "input": size,
-            "batch": batch,
-            "widths": list(settings.widths),
-            "dtype": str(settings.dtype).removeprefix("torch."),
-            "rounds": rounds,
-        },
-        "versions": environment(settings.device),
-    }
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        ratios.setdefault(f"{row['kind']}, {row['direction']}", []).append(row["ratios"]["eager"])
+    return report(
+        "ops",
+        settings.describe() | {"input": size, "batch": batch, "rounds": rounds, "only": only},
+        settings.device,
+        rows=rows,
+        geometric_mean_ratios={kind: geometric_mean(values) for kind, values in ratios.items()},
+        minimum_ratios={kind: min(values) for kind, values in ratios.items()},
+    )

@@ -51,6 +51,15 @@ class Settings:
             self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16
         )
 
+    def describe(self) -> dict[str, Any]:
+        """What a result says of them."""
+        return {
+            "model": self.model,
+            "stem": self.stem,
+            "widths": list(self.widths),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
 
 # --- the sliced network: torchvision's, with layers that read a prefix of their weights through autograd -------------
 

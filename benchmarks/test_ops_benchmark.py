@@ -24,6 +24,6 @@ BATCH, SIZE = 64, 32
 )
 def test_operation(benchmark: BenchmarkFixture, case: ops.Case, direction: str, side: str) -> None:
     torch.set_num_threads(2)
-    work, _ = ops.tasks(case, direction, batch=BATCH, settings=SETTINGS)
+    work = ops.compare(case, direction, batch=BATCH, settings=SETTINGS).work
     benchmark.group = f"{case.name}, width {case.width:g}, {direction}"
     benchmark(work[side])

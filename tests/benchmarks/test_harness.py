@@ -33,6 +33,26 @@ def test_waits_for_the_device_before_both_readings_of_the_clock():
     assert order == ["wait", "work", "wait"]
 
 
+def test_stops_after_the_seconds_given_but_measures_a_few_rounds():
+    samples = harness.interleave({"a": lambda _: None}, rounds=50, warmup=1, seconds=0)
+    assert len(samples["a"]) == harness.FEWEST_ROUNDS
+    assert len(harness.interleave({"a": lambda _: None}, rounds=2, warmup=0, seconds=0)["a"]) == 2
+
+
+def test_peaks_are_of_products_and_convolutions(monkeypatch):
+    monkeypatch.setattr(harness, "_best", lambda work, device: work() is None or 1e-3)
+    rates = harness.peaks(torch.bfloat16, torch.device("cpu"))
+    assert rates["matrix product"] == pytest.approx(2 * 2048**3 * 1e3)
+    assert rates["convolution"] == pytest.approx(2 * 32 * 256 * 256 * 256 * 9 * 1e3)
+
+
+def test_a_report_says_what_was_measured_and_where():
+    result = harness.report("step", {"batch": 2}, torch.device("cpu"), ratios={"eager": 1.0})
+    assert result["benchmark"] == "step" and result["ratios"] == {"eager": 1.0}
+    assert result["config"]["batch"] == 2 and result["config"]["backends"]["conv2d"] == "auto"
+    assert result["versions"]["torch"] == torch.__version__
+
+
 def test_no_rounds_is_an_error():
     with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
         harness.interleave({}, rounds=0, warmup=1)

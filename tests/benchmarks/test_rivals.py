@@ -8,6 +8,7 @@ import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 import torch
@@ -151,33 +152,70 @@ def _recorded_start(settings: Settings) -> list[torch.Tensor]:
 
 
 def test_measured_step_has_the_documented_form(monkeypatch):
-    monkeypatch.setattr(step, "gemm_peak", lambda *_: 1e11)
+    monkeypatch.setattr(step, "peaks", lambda *_: {"matrix product": 5e10, "convolution": 1e11})
     monkeypatch.setattr(step, "copy_bandwidth", lambda *_: 1e10)
     settings = replace(TINY, dtype=torch.float32)
     result = step.measure(
-        settings, size=16, batch=4, rivals=["published", "eager", "standalone"], rounds=2, warmup=0
+        settings, size=16, batch=4, rivals=["published", "eager", "standalone", "eager_bf16"], rounds=2, warmup=0
     )
-    assert list(result["median_ms"]) == ["us3l", "published", "eager", "standalone"]
-    assert list(result["ratios"]) == ["published", "eager", "standalone"]
+    assert list(result["median_ms"]) == ["us3l", "published", "eager", "standalone", "eager_bf16"]
+    assert list(result["ratios"]) == ["published", "eager", "standalone", "eager_bf16"]
     for rival, ratio in result["ratios"].items():
         assert ratio == pytest.approx(result["median_ms"][rival] / result["median_ms"]["us3l"])
     assert result["config"]["step"] == "joint" and result["config"]["batch"] == 4
     assert result["versions"]["torch"] == torch.__version__
     limit = result["limit"]
+    assert limit["peak_of"] == "convolution"
     assert limit["compute_ms"] == pytest.approx(10 * limit["gflop"])
     assert limit["memory_ms"] == pytest.approx(100 * limit["gbyte"])
     for parts in result["breakdown_ms"].values():
         assert parts["convolution"] > 0 and parts["norm"] > 0 and parts["update"] > 0
     assert set(result["checks"]) > {"float64 joint", "float64 per_width", "float64 standalone"}
+    assert result["checks"]["eager_bf16 from float64, update"] > 10 * result["checks"]["us3l from float64, update"]
+
+
+@pytest.mark.parametrize(("policy", "plain"), [("joint", "eager"), ("per_width", "published")])
+def test_a_step_as_timed_is_compared_with_a_wider_dtype(policy, plain, monkeypatch):
+    settings = replace(TINY, dtype=torch.bfloat16)
+    weights, batch = initial_weights(settings), images(settings)
+    sides = {"us3l": step.make_side("us3l", settings, weights, stacked=True, policy=policy)}
+    _, errors = step.first_steps(settings, sides, weights, batch, policy)
+    assert errors["us3l from float32, update"] <= step.MULTIPLE * errors[f"{plain} from float32, update"]
+
+    monkeypatch.setattr(step, "MULTIPLE", 1e-3)
+    with pytest.raises(Mismatch, match="us3l: (losses|update) differ by .* from the step in torch.float32"):
+        step.first_steps(settings, sides, weights, batch, policy)
 
 
 def test_operations_are_compared_with_float64():
     settings = replace(TINY, dtype=torch.float32, widths=(1.0, 0.5))
-    result = ops.measure(settings, size=8, batch=4, rounds=1)
-    kinds = {row["kind"] for row in result["rows"]}
-    assert kinds == {"conv 3x3/1", "conv 3x3/2", "conv 1x1/2", "linear", "norm+relu"}
-    assert all(row["errors"]["us3l"] < 1e-5 for row in result["rows"])
-    assert "conv 3x3/1, dW" in result["geometric_mean_ratios"]
+    result = ops.measure(settings, size=8, batch=4, rounds=1, seconds=1)
+    rows = result["rows"]
+    kinds = {row["kind"] for row in rows}
+    assert kinds == {"stem conv 3x3/1", "conv 3x3/1", "conv 3x3/2", "conv 1x1/2", "linear", "norm+relu"}
+    assert all(row["errors"]["us3l"] < 1e-5 for row in rows)
+    assert {row["backend"] for row in rows} <= {"native", "aten"}
+    ratios = [row["ratios"]["eager"] for row in rows if (row["kind"], row["direction"]) == ("conv 3x3/1", "dW")]
+    assert result["geometric_mean_ratios"]["conv 3x3/1, dW"] == pytest.approx(geometric_mean(ratios))
+    assert result["minimum_ratios"]["conv 3x3/1, dW"] == min(ratios)
+
+
+def test_operations_of_some_layers_alone():
+    settings = replace(TINY, dtype=torch.float32, widths=(1.0,))
+    result = ops.measure(settings, size=8, batch=4, rounds=1, seconds=1, only="conv 3x3/2 16->32")
+    row = {row["direction"]: row for row in result["rows"]}
+    assert list(row) == ["forward", "dX", "dW"]
+    # 16 x 32 filters of 3x3 for 4 images of 4x4 pixels, a multiplication and an addition each
+    operations = 2 * 16 * 32 * 9 * 4 * 4 * 4
+    assert row["dX"]["gflops"]["us3l"] == pytest.approx(operations / row["dX"]["median_ms"]["us3l"] / 1e6)
+    with pytest.raises(ValueError, match="only: no layer has 'conv 9x9' in its name; there are stem conv 3x3/1 3->16"):
+        ops.measure(settings, size=8, batch=4, rounds=1, seconds=1, only="conv 9x9")
+
+
+def test_an_operation_that_is_wrong_is_not_timed(monkeypatch):
+    monkeypatch.setattr(ops, "TOLERANCES", {torch.float32: 1e-12})
+    with pytest.raises(Mismatch, match="us3l, stem conv 3x3/1 3->16 @8, width 1, forward: largest error"):
+        ops.measure(replace(TINY, dtype=torch.float32), size=8, batch=4, rounds=1, seconds=1)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +223,7 @@ def test_operations_are_compared_with_float64():
     [
         (["--widths", "0.5,1.0"], "1.0, then different widths below it"),
         (["--widths", "1.0,x"], "numbers between commas"),
-        (["--rivals", "fastest"], "expected one of published, eager, compile, standalone, got 'fastest'"),
+        (["--rivals", "fastest"], "expected one of published, eager, compile, standalone, eager_bf16, got 'fastest'"),
         (["--dtype", "fp8"], "expected one of fp32, bf16"),
         (["--step", "twice"], "expected one of joint, per_width"),
     ],
