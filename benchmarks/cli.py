@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import harness, ops, step, tables
+from benchmarks import harness, memory, ops, roofline, scaling, step, tables
+from benchmarks import widths as random_widths
 from benchmarks.rivals import MODELS, Settings
+from benchmarks.roofline import Machine
 
+Number = TypeVar("Number", int, float)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 app = typer.Typer(help="Measure speed beside plain PyTorch, the sides taking turns.", no_args_is_help=True)
@@ -23,6 +27,7 @@ output = Console(width=None if sys.stdout.isatty() else 120)
 Model = Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")]
 Input = Annotated[int, typer.Option("--input", min=8, help="Side of the square images, pixels.")]
 Stem = Annotated[str, typer.Option(help="cifar, imagenet, or auto: cifar up to 32 pixels.")]
+Batch = Annotated[int, typer.Option(min=2, help="Images per view.")]
 Widths = Annotated[str, typer.Option(help="Widths of a step, the full one first.")]
 Dtype = Annotated[str, typer.Option(help="fp32, or bf16 (autocast for all sides).")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads of every side.")]
@@ -40,7 +45,7 @@ def step_command(
     model: Model = "resnet18",
     size: Input = 32,
     stem: Stem = "auto",
-    batch: Annotated[int, typer.Option(min=2, help="Images per view.")] = 32,
+    batch: Batch = 32,
     widths: Widths = "1.0,0.6,0.25",
     dtype: Dtype = "fp32",
     rivals: Annotated[str, typer.Option(help=f"Of {', '.join(step.RIVALS)}.")] = "published,eager,standalone",
@@ -52,13 +57,12 @@ def step_command(
 ) -> None:
     """A whole training step: all widths, teacher, heads, losses, regulariser, update, EMA."""
     settings = _settings(model, size, stem, widths, dtype, device, threads)
-    names = [_one_of("--rivals", name, step.RIVALS) for name in rivals.split(",")]
     with console.status("") as status:
         result = step.measure(
             settings,
             size=size,
             batch=batch,
-            rivals=names,
+            rivals=_several("--rivals", rivals, step.RIVALS),
             policy=_one_of("--step", policy, step.POLICIES),
             rounds=rounds,
             progress=status.update,
@@ -118,6 +122,154 @@ def ops_command(
     _write(json, result)
 
 
+@app.command("widths")
+def widths_command(
+    model: Model = "resnet18",
+    size: Input = 32,
+    stem: Stem = "auto",
+    batch: Batch = 32,
+    least: Annotated[float, typer.Option(min=0.01, max=0.99, help="The smallest width of a step.")] = 0.25,
+    dtype: Dtype = "fp32",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of either kind, taken twice.")] = 50,
+    rivals: Annotated[str, typer.Option(help="compile: torch.compile at the random widths too.")] = "",
+    rival_seconds: Annotated[float, typer.Option(min=0, help="Of the rival at most, compilation and all.")] = 300,
+    threads: Threads = 2,
+    device: Device = "cpu",
+    json: Json = None,
+) -> None:
+    """A new random width in every step, beside a fixed one of equal multiply-accumulates."""
+    settings = _settings(model, size, stem, f"1.0,{least}", dtype, device, threads)
+    with console.status("") as status:
+        result = random_widths.measure(
+            settings,
+            size=size,
+            batch=batch,
+            steps=steps,
+            rivals=_several("--rivals", rivals, random_widths.RIVALS),
+            rival_seconds=rival_seconds,
+            progress=status.update,
+        )
+    for phase, ratio in result["ratios"].items():
+        output.print(f"us3l, {phase}: a step of random widths takes {ratio:.3f} of one of fixed widths")
+    if "compile" in result:
+        random = result["compile"]["random"]
+        output.print(
+            f"compile: {result['compile']['ratio']:.1f} of it, {random['graphs']} graphs compiled "
+            f"in {len(random['seconds'])} steps"
+        )
+    _write(json, result)
+
+
+@app.command("memory")
+def memory_command(
+    model: Model = "resnet18",
+    size: Input = 32,
+    stem: Stem = "auto",
+    batch: Batch = 32,
+    widths: Widths = "1.0,0.6,0.25",
+    dtype: Dtype = "fp32",
+    rivals: Annotated[str, typer.Option(help=f"Of {', '.join(memory.RIVALS)}.")] = "published,eager",
+    threads: Threads = 2,
+    json: Json = None,
+) -> None:
+    """The memory of a training step at its peak, each side in a process of its own (Linux, CPU)."""
+    settings = _settings(model, size, stem, widths, dtype, "cpu", threads)
+    with console.status("") as status:
+        result = memory.measure(
+            settings,
+            size=size,
+            batch=batch,
+            rivals=_several("--rivals", rivals, memory.RIVALS),
+            progress=status.update,
+        )
+    table = Table("side", "peak MB", "before the first step", "cached weights", "us3l's part of it")
+    for name, reading in result["readings"].items():
+        ratio = result["ratios"].get(name)
+        table.add_row(
+            name,
+            f"{reading['peak_mb']:.0f}",
+            f"{reading['made_mb']:.0f}",
+            f"{reading['weight_cache_mb']:.0f}",
+            f"{1 / ratio:.0%}" if ratio else "",
+        )
+    output.print(table)
+    _write(json, result)
+
+
+@app.command("scaling")
+def scaling_command(
+    model: Model = "resnet18",
+    size: Input = 32,
+    stem: Stem = "auto",
+    batch: Batch = 32,
+    widths: Annotated[str, typer.Option(help="At the batch and size given.")] = "1,.875,.75,.625,.5,.375,.25",
+    batches: Annotated[str, typer.Option(help="At full width.")] = "4,8,16,32,64",
+    sizes: Annotated[str, typer.Option(help="Pixels, at full width.")] = "16,24,32,48,64",
+    dtype: Dtype = "fp32",
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds; every point runs once in each.")] = 5,
+    threads: Threads = 2,
+    device: Device = "cpu",
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to plot to, e.g. as .svg or .png.")] = None,
+) -> None:
+    """The time of a step against width, batch and image size, beside its operations."""
+    settings = _settings(model, size, stem, "1.0", dtype, device, threads)
+    with console.status("") as status:
+        result = scaling.measure(
+            settings,
+            size=size,
+            batch=batch,
+            widths=_numbers("--widths", widths, float),
+            batches=_numbers("--batches", batches, int),
+            sizes=_numbers("--sizes", sizes, int),
+            rounds=rounds,
+            progress=status.update,
+        )
+    table = Table("", "value", "ms", "GFLOP/s of direct convolution")
+    for point in result["points"]:
+        rate = point["gflop"] / point["median_ms"] * 1e3
+        table.add_row(point["axis"], f"{point['value']:g}", f"{point['median_ms']:.0f}", f"{rate:.0f}")
+    output.print(table)
+    _write(json, result)
+    if plot is not None:
+        scaling.plot(result, plot)
+
+
+@app.command("roofline")
+def roofline_command(
+    model: Model = "resnet18",
+    size: Input = 32,
+    stem: Stem = "auto",
+    batch: Batch = 128,
+    widths: Widths = "1.0,0.625,0.25",
+    tflops: Annotated[float, typer.Option(min=0.001, help="Peak of bf16 matrix products.")] = Machine.tflops,
+    tbps: Annotated[float, typer.Option(min=0.001, help="Bandwidth of the memory, TB/s.")] = Machine.tbps,
+    launch_us: Annotated[float, typer.Option(min=0, help="Of the host, for a kernel.")] = Machine.launch_us,
+    gap_us: Annotated[float, typer.Option(min=0, help="Between kernels of a CUDA graph.")] = Machine.gap_us,
+    kernel_us: Annotated[float, typer.Option(min=0, help="Of the shortest kernel.")] = Machine.kernel_us,
+    json: Json = None,
+) -> None:
+    """What a step must compute, move and launch on a GPU, modelled for several ways to run it (measures nothing)."""
+    result = roofline.measure(
+        _one_of("--model", model, MODELS),
+        stem=_stem(stem, size),
+        size=size,
+        batch=batch,
+        widths=_widths(widths),
+        machine=Machine(tflops, tbps, launch_us, gap_us, kernel_us),
+    )
+    parts = list(dict.fromkeys(part for row in result["parts"].values() for part in row))
+    table = Table("", "wall ms", "kernels", "TFLOP", "GB", *parts, title=f"{model}, {size} px, {batch} per view")
+    for name, row in result["rows"].items():
+        spent = [f"{result['parts'][name].get(part, 0):.1f}" for part in parts]
+        counts = [f"{row['wall_ms']:.1f}", f"{row['kernels']}", f"{row['tflop']:.2f}", f"{row['gbyte']:.1f}"]
+        table.add_row(name, *counts, *spent)
+    output.print(table)
+    for name, row in result["rows"].items():
+        output.print(f"{name}  {row['title']}")
+    _write(json, result)
+
+
 @app.command("table")
 def table_command() -> None:
     """Make the README's tables of speed from the results in benchmarks/results/."""
@@ -132,18 +284,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _settings(model: str, size: int, stem: str, widths: str, dtype: str, device: str, threads: int) -> Settings:
     """The options that all commands share; also sets the number of threads."""
     torch.set_num_threads(threads)
-    if stem == "auto":
-        stem = "cifar" if size <= 32 else "imagenet"
-    try:
-        values = tuple(float(width) for width in widths.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"expected numbers between commas, got {widths!r}", param_hint="--widths") from None
-    if values[0] != 1.0 or any(not 0 < width < 1 for width in values[1:]) or len(set(values)) < len(values):
-        raise typer.BadParameter(f"expected 1.0, then different widths below it, got {widths}", param_hint="--widths")
     return Settings(
         model=_one_of("--model", model, MODELS),
-        stem=_one_of("--stem", stem, ("cifar", "imagenet")),
-        widths=values,
+        stem=_stem(stem, size),
+        widths=_widths(widths),
         dtype=DTYPES[_one_of("--dtype", dtype, tuple(DTYPES))],
         device=torch.device(_one_of("--device", device, ("cpu", "cuda"))),
     )
@@ -152,6 +296,30 @@ def _settings(model: str, size: int, stem: str, widths: str, dtype: str, device:
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         harness.write_json(path, result)
+
+
+def _stem(stem: str, size: int) -> str:
+    if stem == "auto":
+        return "cifar" if size <= 32 else "imagenet"
+    return _one_of("--stem", stem, ("cifar", "imagenet"))
+
+
+def _widths(text: str) -> tuple[float, ...]:
+    values = tuple(_numbers("--widths", text, float))
+    if values[0] != 1.0 or any(not 0 < width < 1 for width in values[1:]) or len(set(values)) < len(values):
+        raise typer.BadParameter(f"expected 1.0, then different widths below it, got {text}", param_hint="--widths")
+    return values
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers between commas, got {text!r}", param_hint=option) from None
+
+
+def _several(option: str, text: str, choices: tuple[str, ...]) -> list[str]:
+    return [_one_of(option, value, choices) for value in text.split(",") if value]
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> str:

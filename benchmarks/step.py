@@ -47,6 +47,7 @@ from us3l.config import (
 )
 from us3l.engine import TrainStep
 from us3l.methods import build_method
+from us3l.profile import profile
 
 RIVALS = ("published", "eager", "compile", "standalone", "eager_bf16")
 POLICIES = ("joint", "per_width")
@@ -67,7 +68,9 @@ SMALL = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 class Side(Protocol):
-    """One way to take the step."""
+    """One way to take the step. Its `settings` may be given other widths between steps."""
+
+    settings: Settings
 
     def step(self, images: Tensor) -> Tensor:
         """Train on images [2N, C, H, W], both views stacked; the loss of every width."""
@@ -93,7 +96,8 @@ def measure(
     """Check that us3l and the rivals agree, then time them; see `harness.summarise` for the result's form.
 
     `size`: pixels of the square images; `batch`: images per view; `policy`: us3l's optimizer steps, joint (one for
-    all widths) or per_width. Raises `harness.Mismatch` when results differ.
+    all widths) or per_width. The rival eager_bf16 is `eager` under bfloat16 autocast, whatever the dtype of the others.
+    Raises `harness.Mismatch` when results differ.
     """
     images = random_images(settings, size=size, batch=batch)
     progress("both views in one batch, or one after the other: which is faster in eager mode")
@@ -150,33 +154,39 @@ def random_images(settings: Settings, *, size: int, batch: int, seed: int = 0) -
     ]
 
 
+def trainer_config(settings: Settings, policy: str) -> Config:
+    """The trainer's configuration of the step."""
+    config = Config(
+        model=ModelConfig(name=settings.model, stem=settings.stem, in_channels=3),
+        method=MethodConfig(
+            name="simclr",
+            hidden_dim=settings.hidden_dim,
+            dim=settings.dim,
+            temperature=settings.temperature,
+            momentum=settings.teacher_momentum,
+        ),
+        sampler=SamplerConfig(kind="fixed", widths=list(settings.widths)),
+        optimizer=OptimizerConfig(momentum=settings.momentum, weight_decay=settings.weight_decay),
+        regulariser=RegulariserConfig(alpha=settings.alpha, groups=settings.groups),
+        train=TrainConfig(step=policy, amp="bf16" if settings.dtype is torch.bfloat16 else "none"),
+    )
+    if len(settings.widths) == 1:
+        config.method.distillation = "none"
+    return config
+
+
 class US3L:
     """The library as its users run it: the ordinary modules, autograd, and the trainer's own iteration."""
 
     def __init__(self, settings: Settings, weights: list[Tensor], *, policy: str) -> None:
         self.settings = settings
-        config = Config(
-            model=ModelConfig(name=settings.model, stem=settings.stem, in_channels=3),
-            method=MethodConfig(
-                name="simclr",
-                hidden_dim=settings.hidden_dim,
-                dim=settings.dim,
-                temperature=settings.temperature,
-                momentum=settings.teacher_momentum,
-            ),
-            sampler=SamplerConfig(kind="fixed", widths=list(settings.widths)),
-            optimizer=OptimizerConfig(momentum=settings.momentum, weight_decay=settings.weight_decay),
-            regulariser=RegulariserConfig(alpha=settings.alpha, groups=settings.groups),
-            train=TrainConfig(step=policy, amp="bf16" if settings.dtype is torch.bfloat16 else "none"),
-        )
-        if len(settings.widths) == 1:
-            config.method.distillation = "none"
+        config = trainer_config(settings, policy)
         method = build_method(config).to(settings.device, settings.parameter_dtype)
         method = method.to(memory_format=torch.channels_last)
         self._parameters = method.student_parameters()
         assert method.encoder_k is not None  # the default target is the momentum encoder
         self._teacher_parameters: list[Tensor] = list(method.encoder_k.parameters())
-        copy_weights(self._parameters, weights)
+        copy_weights(self._parameters, weights[: len(self._parameters)])  # one width alone needs no auxiliary head
         copy_weights(self._teacher_parameters, weights[: len(self._teacher_parameters)])
         self._step = TrainStep(config, method.train())
 
@@ -192,6 +202,13 @@ class US3L:
     def teacher_parameters(self) -> list[Tensor]:
         """Of the momentum encoder, in the same order."""
         return self._teacher_parameters
+
+
+def encoder_macs(settings: Settings, size: int, widths: Sequence[float]) -> list[int]:
+    """Multiply-accumulates of the backbone and its projector for one image of `size` pixels at each of `widths`."""
+    with torch.device("meta"):
+        encoder = build_method(trainer_config(settings, "joint")).encoder_q
+    return [row.macs for row in profile(encoder, (3, size, size), widths)]
 
 
 def stepper(side: Side, images: list[Tensor]) -> Callable[[int], Tensor]:

@@ -98,6 +98,29 @@ def _operations(results: Iterable[Result]) -> str:
     return _table(["operation, gain on eager: mean (least)", "kind", "forward", "dX", "dW"], rows)
 
 
+def _widths(results: Iterable[Result]) -> str:
+    """Steps of random widths: their time in parts of that of fixed ones."""
+    rows = [
+        [_name(result["config"]), *(f"{result['ratios'][phase]:.2f}" for phase in ("cold", "warm"))]
+        for result in results
+    ]
+    return _table(["random widths over fixed ones of equal operations, time", "first met", "met again"], rows)
+
+
+def _memory(results: Iterable[Result]) -> str:
+    """Peak memory of a step: us3l's in parts of every rival's, and its cache of weights beside."""
+    results = list(results)
+    rivals = list(dict.fromkeys(rival for result in results for rival in result["ratios"]))
+    rows = []
+    for result in results:
+        config, ratios = result["config"], result["ratios"]
+        parts = [f"{1 / ratios[rival]:.0%}" if rival in ratios else "" for rival in rivals]
+        cache = result["readings"]["us3l"]["weight_cache_mb"]
+        rows.append([_name(config), f"{config['batch']}", *parts, f"{cache:.0f} MB"])
+    header = ["peak memory of a step", "images per view", *(f"of {rival}'s" for rival in rivals)]
+    return _table([*header, "and cached weights"], rows)
+
+
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
 
@@ -107,4 +130,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-TABLES: dict[str, Callable[[list[Result]], str]] = {"step": _steps, "ops": _operations}
+TABLES: dict[str, Callable[[list[Result]], str]] = {
+    "step": _steps, "ops": _operations, "widths": _widths, "memory": _memory
+}  # fmt: skip
