@@ -38,6 +38,7 @@ class Probe(str, Enum):
 
     knn = "knn"
     linear = "linear"
+    classifier = "classifier"
 
 
 class Format(str, Enum):
@@ -107,7 +108,7 @@ def pretrain(
 
 @app.command()
 def evaluate(
-    probe: Annotated[Probe, typer.Argument(help="Nearest neighbours, or a linear classifier.")],
+    probe: Annotated[Probe, typer.Argument(help="Nearest neighbours, a linear classifier, or (supervised) its own.")],
     checkpoint: Checkpoint,
     overrides: Overrides = None,
     widths: Widths = "1.0,0.75,0.5,0.25",
@@ -125,6 +126,8 @@ def evaluate(
     wanted = _parse_widths(widths)
     checkpoint = _newest(checkpoint)
     config, method, data = _open(checkpoint, overrides, wanted)
+    if probe is Probe.classifier and not method.labelled:
+        raise ConfigError(f"evaluate classifier: {checkpoint} was trained without labels; try knn or linear")
     with console.status("") as status:
         rows = evaluate_widths(
             method.encoder_q,
@@ -147,11 +150,14 @@ def calibrate(checkpoint: Checkpoint, overrides: Overrides = None, widths: Width
     """Take the batch-norm statistics of sub-networks on the training data, and store them in the checkpoint."""
     from us3l import checkpoint as checkpoints
     from us3l.evaluation import calibrate as calibrate_width
+    from us3l.evaluation.calibration import has_statistics
     from us3l_kernels.nn.calibration import statistics
 
     wanted = _parse_widths(widths)
     checkpoint = _newest(checkpoint)
-    _, method, data = _open(checkpoint, overrides, wanted, other_images=False)
+    config, method, data = _open(checkpoint, overrides, wanted, other_images=False)
+    if not has_statistics(method.encoder_q):
+        raise ConfigError(f"calibrate: {config.model.name} in {checkpoint} has no batch norms, and needs no statistics")
     for width in wanted:
         with console.status(f"calibrating width {width}"):
             calibrate_width(method.encoder_q, data.train_eval, width)
@@ -234,7 +240,7 @@ def profile(
     wanted = _parse_widths(widths)
     try:
         with torch.device("meta"):
-            network = build_model(model, stem=stem, num_classes=classes)
+            network = build_model(model, stem=stem, num_classes=classes, image_size=size)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     rows = profile_widths(network, (3, size, size), wanted)

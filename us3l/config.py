@@ -21,9 +21,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from us3l.errors import ConfigError
 
 
-def _one_of(default: str, *others: str) -> Any:
-    """A string field with a closed list of choices."""
-    return field(default=default, metadata={"choices": (default, *others)})
+def _one_of(default: str, *others: str, or_class: bool = False) -> Any:
+    """A string field with a closed list of choices; `or_class` takes "module:Class" too."""
+    return field(default=default, metadata={"choices": (default, *others), "or_class": or_class})
 
 
 def _number(
@@ -42,16 +42,27 @@ def _number(
 class ModelConfig:
     """The backbone. Channel counts are those of width 1.0."""
 
-    name: str = _one_of("resnet_tiny", "resnet18", "resnet34", "resnet50", "mobilenet_v2")
-    stem: str = _one_of("cifar", "imagenet", "small")  # small: 3x3, stride 2
+    name: str = _one_of(
+        "resnet_tiny", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2",
+        "vit_tiny", "vit_small", "vit_base", "vit_mini",
+    )  # fmt: skip
+    stem: str = _one_of("cifar", "imagenet", "small")  # small: 3x3, stride 2; a ViT has none
     in_channels: int | None = _number(None, least=1)  # None: those of data.name
     divisor: int = _number(8, least=1)  # active channels are rounded to multiples of it
     norm: str = _one_of("sliced", "switchable")  # switchable: one private norm per width of a fixed list
     base_channels: int = _number(16, least=1)  # channels of the first stage; read by resnet_tiny only
+    slicing: str = _one_of("full", "mlp", "input")  # what a ViT slices, see us3l.models.vit; input: as published
+    patch_size: int = _number(16, least=1)  # of a ViT, pixels
+    image_size: int | None = _number(None, least=1)  # of a ViT, pixels; None: that of the training views
+    num_classes: int | None = _number(None, least=2)  # of supervised training; None: those of data.name
 
 
 CHANNELS = {"fashion_mini": 1, "fashion_mnist": 1, "cifar10": 3, "cifar100": 3, "image_folder": 3, "random": 3}
 """Channels of the images of every `data.name`."""
+SIZES = {"fashion_mini": 14, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32, "image_folder": 224, "random": 32}
+"""Side of the training views, where `data.size` is not given."""
+CLASSES = {"fashion_mini": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100, "random": 10}
+"""Classes, where `data.name` says them."""
 
 
 @dataclass
@@ -70,18 +81,25 @@ class DataConfig:
 
 @dataclass
 class MethodConfig:
-    """The self-supervised method and the three switches of US3L (method.base_loss, .target, .aux_head)."""
+    """The method and the three switches of US3L (method.base_loss, .target, .aux_head)."""
 
-    name: str = _one_of("simclr", "simsiam", "byol")
+    name: str = _one_of(
+        "simclr", "simsiam", "byol", "moco_v2", "moco_v3", "seed", "supervised", or_class=True
+    )  # module:Class: a method of your own
     hidden_dim: int = _number(2048, least=1)  # projector
     dim: int = _number(256, least=1)  # embeddings
     predictor_hidden: int | None = _number(None, least=1)  # None: hidden_dim
-    base_loss: str = _one_of("infonce", "cosine")
-    temperature: float = _number(0.5, above=0)  # of InfoNCE
-    target: str = _one_of("momentum", "live")  # live: the full network's own detached projections
+    base_loss: str = _one_of("infonce", "cosine", "mse", "kl", "relational", "cross_entropy")  # see us3l.losses
+    temperature: float = _number(0.5, above=0)  # of the softmax in infonce, kl and relational
+    teacher_temperature: float | None = _number(None, above=0)  # of the target's, in kl and relational; None: the same
+    # live: the full network's own detached projections; frozen: those of the network in `teacher`
+    target: str = _one_of("momentum", "live", "frozen")
     momentum: float = _number(0.99, least=0, most=1)  # of the teacher: t = m t + (1 - m) s, once per iteration
-    distillation: str = _one_of("cosine", "infonce", "none")  # none: the base loss at every width
+    teacher: str | None = None  # target=frozen: a checkpoint
+    queue_size: int = _number(65536, least=1)  # past targets that moco_v2 and seed keep
+    distillation: str = _one_of("cosine", "infonce", "mse", "kl", "relational", "none")  # none: the base loss again
     aux_head: bool = True  # sub-networks predict through a head of their own
+    options: dict[str, Any] = field(default_factory=dict)  # what a method of your own asks for
 
 
 @dataclass
@@ -98,9 +116,9 @@ class SamplerConfig:
 class OptimizerConfig:
     """Optimizer and schedule: linear warm-up, then cosine to 0, per iteration."""
 
-    name: str = _one_of("sgd", "adamw")
+    name: str = _one_of("sgd", "adamw", "lars")
     lr: float = _number(0.1, least=0)  # peak learning rate, as is (never scaled by the batch size)
-    momentum: float = _number(0.9, least=0, below=1)  # sgd
+    momentum: float = _number(0.9, least=0, below=1)  # sgd, lars
     weight_decay: float = _number(1e-4, least=0)
     warmup_epochs: int = _number(0, least=0)
     clip_norm: float | None = _number(None, above=0)  # largest 2-norm of the whole gradient
@@ -127,7 +145,7 @@ class TrainConfig:
     seed: int = _number(0, least=0)
     device: str = "auto"  # "auto": CUDA when there is a GPU; else what torch.device takes
     threads: int | None = _number(None, least=1)  # CPU threads of torch; None: its own choice
-    knn_every: int = _number(0, least=0)  # epochs between online kNN evaluations; 0: never
+    knn_every: int = _number(0, least=0)  # epochs between evaluations (kNN; supervised: the classifier); 0: never
     log_every: int = _number(10, least=1)  # steps between readings of the losses
 
 
@@ -146,8 +164,8 @@ class CheckpointConfig:
 class Config:
     """A whole run. The defaults train a small US3L network on the images that come with the package.
 
-    A `model.in_channels` of None becomes the number of channels of `data.name` here, so that whatever is built or
-    stored later has a number, and other data does not change a trained network.
+    What `model` leaves to the data (None) becomes a number here, so that whatever is built or stored later has one,
+    and other data does not change a trained network.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -163,6 +181,10 @@ class Config:
         if self.model.in_channels is None:
             # `get`: validate is the one to reject an unknown name.
             self.model = replace(self.model, in_channels=CHANNELS.get(self.data.name))
+        if self.model.image_size is None and self.model.name.startswith("vit_"):
+            self.model = replace(self.model, image_size=self.data.size or SIZES.get(self.data.name))
+        if self.model.num_classes is None and self.method.name == "supervised":
+            self.model = replace(self.model, num_classes=CLASSES.get(self.data.name))
 
 
 def load(name_or_file: str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -246,8 +268,14 @@ def validate(config: Config) -> None:
             "model.norm=switchable has one norm per width of a fixed list and so needs sampler.kind=fixed, "
             f"but sampler.kind is {config.sampler.kind!r}"
         )
+    if config.model.name.startswith("vit_"):
+        _validate_vit(config.model)
     if config.model.name == "mobilenet_v2" and config.model.stem == "small":
         raise ConfigError("model.stem: expected cifar or imagenet for model.name=mobilenet_v2, got 'small'")
+    if config.method.name == "supervised" and config.model.num_classes is None:
+        raise ConfigError(f"model.num_classes: data.name={config.data.name} does not say how many classes there are")
+    if config.method.target == "frozen" and config.method.teacher is None:
+        raise ConfigError("method.target=frozen needs method.teacher, the checkpoint of a trained network")
     if config.sampler.kind in ("dynamic", "sandwich") and config.sampler.n < 2:
         raise ConfigError(
             f"sampler.kind={config.sampler.kind} draws 1.0 and a smallest width together: "
@@ -280,6 +308,18 @@ def validate(config: Config) -> None:
         )
 
 
+def _validate_vit(model: ModelConfig) -> None:
+    if model.norm == "switchable":
+        raise ConfigError(f"model.norm=switchable is for batch norms: {model.name} has layer norms")
+    assert model.image_size is not None
+    _require(
+        model.image_size % model.patch_size == 0,
+        "model.patch_size",
+        f"a divisor of model.image_size={model.image_size}",
+        model.patch_size,
+    )
+
+
 def _require(condition: bool, key: str, expected: str, given: object) -> None:
     if not condition:
         raise ConfigError(f"{key}: expected {expected}, got {given!r}")
@@ -287,10 +327,12 @@ def _require(condition: bool, key: str, expected: str, given: object) -> None:
 
 def _check_value(key: str, value: Any, spec: Field[Any]) -> None:
     choices = spec.metadata.get("choices")
-    if choices is not None and value not in choices:
+    named_class = spec.metadata.get("or_class") and ":" in value
+    if choices is not None and value not in choices and not named_class:
         near = difflib.get_close_matches(value, choices, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigError(f"{key}: expected one of {', '.join(choices)}, got {value!r}{hint}")
+        own = ", or module:Class" if spec.metadata.get("or_class") else ""
+        raise ConfigError(f"{key}: expected one of {', '.join(choices)}{own}, got {value!r}{hint}")
     if "least" in spec.metadata and value is not None:
         above, least, below, most = (spec.metadata[bound] for bound in ("above", "least", "below", "most"))
         bounds = (

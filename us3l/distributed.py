@@ -35,6 +35,14 @@ class World:
             dist.all_reduce(flat)  # gloo has no mean
             flat.div_(self.size)
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """`tensor` [n, ...] of all processes one behind the other, in rank order: [size * n, ...], without gradient."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
     @torch.no_grad()
     def broadcast_(self, module: nn.Module) -> None:
         """Copy the parameters and buffers of process 0 to all others, so that all start from one set of weights."""

@@ -24,12 +24,13 @@ from us3l.data import make_data
 from us3l.distributed import SINGLE, World
 from us3l.errors import CheckpointError, ConfigError, TrainingError
 from us3l.evaluation import effective_rank, evaluate, spread
+from us3l.evaluation.protocol import Probe
 from us3l.methods import GUIDELINES, Method, build_method
 from us3l.monitor import Monitor, WidthReading, say
 from us3l.sampling import largest_width, make_sampler
 from us3l.schedule import group_alpha, parameter_groups, set_group_regularisation
 from us3l_kernels import gradients
-from us3l_kernels.optim import SGD, AdamW
+from us3l_kernels.optim import LARS, SGD, AdamW
 
 # Keys that may differ between a checkpoint's configuration and that of the run which goes on from it: they decide
 # where a run happens and what it reports, not what it computes (threads and device: see check_environment).
@@ -65,19 +66,22 @@ class TrainStep:
         self.optimizer = make_optimizer(config.optimizer, method, config.regulariser.groups)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
 
-    def __call__(self, images: Tensor, widths: Sequence[float], *, lr: float, alpha: float) -> StepResult:
+    def __call__(
+        self, images: Tensor, widths: Sequence[float], *, lr: float, alpha: float, labels: Tensor | None = None
+    ) -> StepResult:
         """Train on one batch; nothing in here waits for the device (but fp16, where the scaler must).
 
         Args:
-            images: [2B, C, H, W], two views of B images, view-major, on the device.
+            images: [2B, C, H, W], two views of B images, view-major, on the device; [B, C, H, W] with labels.
             widths: largest first.
             lr: learning rate. alpha: of the group regularisation.
+            labels: [B], int64, on the device, for a method that is `labelled`; they are its targets.
         """
         joint = self.config.train.step == "joint"
         if self.teacher is not None:
             self.teacher.update()
         with self.autocast():
-            targets = self.method.targets(images, width=widths[0])
+            first = targets = labels if labels is not None else self.method.targets(images, width=widths[0])
 
         losses, projections = [], []
         self.gradients.zero_()
@@ -93,6 +97,7 @@ class TrainStep:
                 self.gradients.zero_()
         if joint:
             self._update(lr, alpha, regularise_predictors=True)
+        self.method.finish_iteration(first, self.world)
         return StepResult(torch.stack(losses), projections)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -161,6 +166,11 @@ class Trainer:
                 f"model.in_channels: expected {self.data.in_channels}, the channels of data.name={config.data.name}, "
                 f"got {config.model.in_channels}"
             )
+        if config.method.name == "supervised" and self.data.num_classes != config.model.num_classes:
+            raise ConfigError(
+                f"model.num_classes: expected {self.data.num_classes}, the classes of data.name={config.data.name}, "
+                f"got {config.model.num_classes}"
+            )
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self.method = build_method(config).to(self.device).to(memory_format=self.memory_format)
         world.broadcast_(self.method)
@@ -208,7 +218,7 @@ class Trainer:
                 self._train_epoch(monitor, stopped_by)
                 self.epoch, self.batch = self.epoch + 1, 0
                 if config.train.knn_every and self.epoch % config.train.knn_every == 0:
-                    self._online_knn(monitor)
+                    self._evaluate(monitor)
                 self.save()
                 if self.on_epoch is not None:
                     self.on_epoch(self.epoch)
@@ -218,15 +228,15 @@ class Trainer:
         config = self.config
         batches = len(self.data.train)
         alpha = group_alpha(self.epoch, config.train.epochs, config.regulariser.warmup_epochs, config.regulariser.alpha)
-        for images in self.data.train.epoch(self.epoch, start_batch=self.batch):
+        for images, labels in self._batches():
             widths = self.sampler.draw(self.epoch)
             lr = learning_rate(config.optimizer, self.steps_done, batches, config.train.epochs)
             images = images.to(self.device, memory_format=self.memory_format, non_blocking=True)
-            losses, projections = self.step(images, widths, lr=lr, alpha=alpha)
+            losses, projections = self.step(images, widths, lr=lr, alpha=alpha, labels=labels)
 
             self.batch += 1
             self._unread.append((self.steps_done, widths, losses))
-            monitor.step(self.steps_done, len(images) // 2 * self.world.size)
+            monitor.step(self.steps_done, config.data.batch_size * self.world.size)
             reading_due = self.steps_done % config.train.log_every == 0 or self.batch == batches
             if reading_due:
                 self._read_losses()
@@ -241,6 +251,14 @@ class Trainer:
             if (self.world.size == 1 or reading_due) and self.world.any(bool(stopped_by), self.device):
                 self._stop(stopped_by)
         monitor.epoch_done(self.epoch + 1)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Images and, if the method learns from them, labels, from the current batch to the end of the epoch."""
+        if self.method.labelled:
+            yield from self.data.labelled.epoch(self.epoch, start_batch=self.batch)
+        else:
+            for images in self.data.train.epoch(self.epoch, start_batch=self.batch):
+                yield images, None
 
     def _read_losses(self) -> None:
         """Wait for the losses of the steps since the last reading, and see that they are finite."""
@@ -257,18 +275,20 @@ class Trainer:
                     )
         self._unread.clear()
 
-    def _online_knn(self, monitor: Monitor) -> None:
+    def _evaluate(self, monitor: Monitor) -> None:
         """Evaluate the largest and the smallest width, and keep the weights with the best mean of the two."""
         if not self.world.is_main:
             return
         sampler = self.config.sampler
         smallest = min(sampler.widths) if sampler.kind == "fixed" else sampler.min_width
         widths = sorted({largest_width(sampler), smallest}, reverse=True)
-        rows = evaluate(self.method.encoder_q, self.data, widths, probe="knn")
+        probe: Probe = "classifier" if self.method.labelled else "knn"
+        rows = evaluate(self.method.encoder_q, self.data, widths, probe)
         self.method.train()
-        monitor.scalars(self.steps_done, {f"knn/width_{row['width']:g}": row["accuracy"] for row in rows})
+        monitor.scalars(self.steps_done, {f"{probe}/width_{row['width']:g}": row["accuracy"] for row in rows})
         accuracies = "  ".join(f"{row['width']:g}: {row['accuracy']:.1f} %" for row in rows)
-        say(self.console, f"epoch {self.epoch}/{self.config.train.epochs}  online kNN {accuracies}")
+        name = "test accuracy" if self.method.labelled else "online kNN"
+        say(self.console, f"epoch {self.epoch}/{self.config.train.epochs}  {name} {accuracies}")
         mean = sum(row["accuracy"] for row in rows) / len(rows)
         if self.best is None or mean > self.best:
             self.best = mean
@@ -398,11 +418,13 @@ class Trainer:
         raise KeyboardInterrupt
 
 
-def make_optimizer(config: OptimizerConfig, method: Method, groups: int) -> SGD | AdamW:
+def make_optimizer(config: OptimizerConfig, method: Method, groups: int) -> SGD | LARS | AdamW:
     """The configured optimizer over the student and its heads (never the teacher)."""
     parameters = parameter_groups(method)
     if config.name == "sgd":
         return SGD(parameters, config.lr, config.momentum, config.weight_decay, groups=groups)
+    if config.name == "lars":
+        return LARS(parameters, config.lr, config.momentum, config.weight_decay, groups=groups)
     return AdamW(parameters, config.lr, weight_decay=config.weight_decay, groups=groups)
 
 

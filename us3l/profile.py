@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from us3l.models.vit import Attention, VisionTransformer
+from us3l_kernels.nn import SlicedLinear
 from us3l_kernels.width import Width, use_width
 
 
 @dataclass(frozen=True)
 class ProfileRow:
-    """Cost of one width: parameters of the active slices, MACs of one sample in convolutions and linears."""
+    """Cost of one width: parameters of the active slices, MACs of one sample in convolutions, linears and attention."""
 
     width: Width
     params: int
@@ -59,16 +61,22 @@ def _count(model: nn.Module, images: Tensor) -> tuple[int, int]:
             params[module] = weights + (output.shape[1] if module.bias is not None else 0)
             macs += weights * output.shape[2] * output.shape[3]
         elif isinstance(module, nn.Linear):
-            weights = output.shape[-1] * x.shape[-1]
+            read = module.read_features(x.shape[-1]) if isinstance(module, SlicedLinear) else x.shape[-1]
+            weights = output.shape[-1] * read
             params[module] = weights + (output.shape[-1] if module.bias is not None else 0)
             macs += weights * (x.numel() // (x.shape[0] * x.shape[-1]))
         elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)):
             channels = x.shape[-1] if isinstance(module, nn.LayerNorm) else x.shape[1]
             params[module] = channels * sum(p is not None for p in (module.weight, module.bias))
+        elif isinstance(module, Attention):
+            macs += module.macs(x.shape[1])
+        elif isinstance(module, VisionTransformer):
+            params[module] = module.embedding_parameters()
         else:
             raise TypeError(f"profile: cannot count the parameters of {type(module).__name__}")
 
-    layers = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+    own = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+    layers = [*own, *(m for m in model.modules() if isinstance(m, Attention))]
     handles = [layer.register_forward_hook(count) for layer in layers]
     try:
         model(images)

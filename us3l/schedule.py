@@ -26,9 +26,10 @@ def group_alpha(epoch: int, epochs: int, warmup_epochs: int, alpha: float) -> fl
 
 def parameter_groups(method: Method) -> list[dict[str, Any]]:
     """Groups for the optimizer: "encoder" (with its projector) and, where there are any, "predictor" heads."""
-    groups = [{"name": "encoder", "params": list(method.encoder_q.parameters())}]
-    predictors = [p for head in (method.predictor, method.aux_predictor) if head for p in head.parameters()]
-    if predictors:
+    trained = method.student_parameters()
+    encoder = set(method.encoder_q.parameters())
+    groups = [{"name": "encoder", "params": [p for p in trained if p in encoder]}]
+    if predictors := [p for p in trained if p not in encoder]:
         groups.append({"name": "predictor", "params": predictors})
     return groups
 

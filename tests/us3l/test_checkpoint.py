@@ -169,6 +169,35 @@ def test_signals_save_and_stop(
     assert_bit_identical(run, uninterrupted)
 
 
+@pytest.mark.parametrize("name", ["moco_v2", "moco_v3", "seed", "supervised"])
+def test_every_method_goes_on_bit_by_bit(tmp_path: Path, name: str) -> None:
+    """Queues too; a teacher's file is read again."""
+    switches = {
+        "moco_v2": ["method.queue_size=40"],
+        "moco_v3": ["model.name=vit_mini", "model.patch_size=4"],
+        "seed": ["method.queue_size=40", "method.base_loss=relational", "method.target=frozen"],
+        "supervised": ["method.base_loss=cross_entropy", "method.target=live", "method.distillation=none"],
+    }[name]
+    switches += [f"method.name={name}", "train.knn_every=0", "sampler.n=2"]
+    if name == "seed":
+        trainer(tmp_path / "teacher").save()
+        switches.append(f"method.teacher={tmp_path}/teacher/step-000000000.pt")
+    undisturbed = trainer("null", *switches)
+    undisturbed.fit()
+    run = trainer(tmp_path / "run", *switches)
+    stop_after(run, 5, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run.fit()
+    run = trainer(tmp_path / "run", *switches)
+    assert run.resume("auto") and run.steps_done == 6
+    run.fit()
+    assert_bit_identical(run, state(undisturbed))
+    if name in ("moco_v2", "seed"):
+        assert int(state(run)["method.queue.position"]) == STEPS * 16 % 40
+        restored = checkpoints.restore(checkpoints.load(tmp_path / "run" / f"step-{STEPS:09d}.pt"))
+        assert torch.equal(restored.queue.keys, undisturbed.method.queue.keys)
+
+
 def test_resume_keeps_the_scaler_and_the_best(tmp_path: Path) -> None:
     run = trainer(tmp_path, "train.amp=fp16", "train.epochs=1")
     run.fit()

@@ -22,6 +22,7 @@ from us3l.config import Config, OptimizerConfig, load
 from us3l.distributed import World, launched
 from us3l.engine import Trainer, TrainStep, learning_rate, resolve_device
 from us3l.errors import ConfigError, TrainingError
+from us3l.evaluation import evaluate
 from us3l.methods import Method, build_method
 from us3l.monitor import Monitor, WidthReading
 
@@ -341,3 +342,73 @@ def test_two_processes_take_one_step_with_the_mean_gradient(tmp_path: Path) -> N
     both(first["images"][0], widths, lr=config.optimizer.lr, alpha=config.regulariser.alpha)
     for key, value in method.state_dict().items():
         torch.testing.assert_close(first["weights"][key], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_queue_takes_in_the_targets_of_all_processes(tmp_path: Path) -> None:
+    overrides = [
+        *TINY, "train.epochs=1", "data.train_samples=32", "sampler.kind=sandwich",
+        "method.name=moco_v2", "method.queue_size=48",
+    ]  # fmt: skip
+    first, second = run_processes(tmp_path, 2, overrides, free_port())
+    for key, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][key]), key
+    assert int(first["weights"]["queue.position"]) == 2 * 2 * 2 * 8 % 48  # steps, processes, views, batch
+
+
+SUPERVISED = [
+    "method.name=supervised", "method.base_loss=cross_entropy", "method.target=live", "method.aux_head=false",
+    "data.name=fashion_mini", "data.size=14", "data.train_samples=256", "data.test_samples=100", "data.batch_size=32",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("distillation", ["kl", "none"])
+def test_supervised_learns_at_every_width(distillation: str, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(
+        tiny(*SUPERVISED, f"method.distillation={distillation}", "method.temperature=1", "sampler.kind=sandwich",
+             "optimizer.lr=0.3", "train.epochs=4", "train.knn_every=4")
+    )  # fmt: skip
+    trainer.fit()
+    rows = evaluate(trainer.method.encoder_q, trainer.data, [1.0, 0.5, 0.25], "classifier")
+    assert all(row["accuracy"] > 30 for row in rows), rows  # chance: 10
+    assert "test accuracy 1: " in capsys.readouterr().out
+    assert trainer.best == pytest.approx((rows[0]["accuracy"] + rows[2]["accuracy"]) / 2)
+
+
+def test_supervised_reads_the_labels_of_its_images() -> None:
+    config = tiny(*SUPERVISED, "method.distillation=none")
+    trainer = Trainer(config, console=Console(quiet=True))
+    seen: list[tuple[Tensor, Tensor]] = []
+    step = trainer.step
+    trainer.step = lambda x, *a, labels, **k: seen.append((x, labels)) or step(x, *a, labels=labels, **k)
+    trainer.fit()
+    assert len(seen) == 2 * 8 and all(labels.shape == images.shape[:1] == (32,) for images, labels in seen)
+    assert not torch.equal(seen[0][0], seen[8][0])
+    counts = torch.bincount(torch.cat([labels for _, labels in seen[:8]]), minlength=10)
+    assert torch.equal(counts, torch.bincount(torch.cat([labels for _, labels in trainer.data.train_eval])))
+
+
+def test_model_and_data_must_agree_in_classes() -> None:
+    with pytest.raises(ConfigError, match="model.num_classes: expected 10.*got 7"):
+        Trainer(tiny(*SUPERVISED, "method.distillation=none", "model.num_classes=7"), console=Console(quiet=True))
+
+
+@pytest.mark.parametrize("slicing", ["full", "mlp", "input"])
+def test_a_vision_transformer_trains_and_is_evaluated(slicing: str) -> None:
+    config = tiny(
+        "model.name=vit_mini", "model.patch_size=4", f"model.slicing={slicing}", "method.name=moco_v3",
+        "optimizer.name=adamw", "optimizer.lr=1e-3", "regulariser.kind=none", "train.knn_every=2",
+    )  # fmt: skip
+    assert config.model.image_size == 8
+    trainer = Trainer(config, console=Console(quiet=True))
+    before = [p.detach().clone() for p in trainer.method.student_parameters()]
+    trainer.fit()
+    after = trainer.method.student_parameters()
+    assert all(not torch.equal(p, b) for p, b in zip(after, before, strict=True)) and trainer.best is not None
+
+
+def test_lars_trains() -> None:
+    trainer = Trainer(tiny("optimizer.name=lars", "train.epochs=1"), console=Console(quiet=True))
+    before = [p.detach().clone() for p in trainer.method.encoder_q.parameters()]
+    trainer.fit()
+    assert all(not torch.equal(p, b) for p, b in zip(trainer.method.encoder_q.parameters(), before, strict=True))

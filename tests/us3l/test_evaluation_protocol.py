@@ -148,5 +148,9 @@ def test_evaluate_takes_plans_and_the_sgd_protocol(data: SimpleNamespace) -> Non
 def test_evaluate_names_bad_arguments(data: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="widths"):
         evaluate(tiny(), data, [])
-    with pytest.raises(ValueError, match="probe: expected 'linear' or 'knn', got 'svm'"):
+    with pytest.raises(ValueError, match="probe: expected 'linear', 'knn' or 'classifier', got 'svm'"):
         evaluate(tiny(), data, [1.0], "svm")  # type: ignore[arg-type]
+    model = tiny()
+    model.fc = nn.Identity()
+    with pytest.raises(ValueError, match="'classifier' is for networks trained with labels; .* is a Identity"):
+        evaluate(model, data, [1.0], probe="classifier")

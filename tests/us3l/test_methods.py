@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from us3l.config import Config, MethodConfig, ModelConfig, SamplerConfig
-from us3l.losses import cross_view, info_nce, negative_cosine
+from us3l import checkpoint as checkpoints
+from us3l.config import Config, MethodConfig, ModelConfig, SamplerConfig, from_dict, to_dict
+from us3l.distributed import SINGLE
+from us3l.errors import CheckpointError, ConfigError
+from us3l.losses import (
+    cross_view,
+    in_batch_contrast,
+    info_nce,
+    info_nce_queue,
+    kl_divergence,
+    mean_squared_error,
+    negative_cosine,
+    queue_relations,
+)
 from us3l.methods import GUIDELINES, Method, build_method
 from us3l.schedule import group_alpha, parameter_groups, set_group_regularisation
 from us3l_kernels.nn import SlicedBatchNorm1d, SlicedConv2d
@@ -24,19 +37,25 @@ INDIVIDUAL = {"target": "live", "distillation": "none", "widths": [0.5]}
 SLIMMABLE = {"target": "live", "distillation": "none", "widths": [1.0, 0.5]}
 DISTILLED = {"target": "live", "distillation": "cosine", "aux_head": False, "widths": [1.0, 0.5]}
 US3L = {"target": "momentum", "distillation": "cosine", "aux_head": True}
+LABELS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
 
 
-def _method(name: str, *, widths: list[float] | None = None, norm: str = "sliced", **switches: Any) -> Method:
+def _config(
+    name: str, *, widths: list[float] | None = None, norm: str = "sliced", model: str = "resnet_tiny", **switches: Any
+) -> Config:
+    base_losses = {"simsiam": "cosine", "byol": "cosine", "seed": "relational", "supervised": "cross_entropy"}
+    switches.setdefault("base_loss", base_losses.get(name, "infonce"))
+    vit = {"patch_size": 4, "image_size": 12} if model == "vit_mini" else {}
+    return Config(
+        model=ModelConfig(model, stem="small", in_channels=1, divisor=4, norm=norm, base_channels=8, **vit),
+        method=MethodConfig(name, hidden_dim=12, dim=6, predictor_hidden=10, queue_size=40, **switches),
+        sampler=SamplerConfig(kind="fixed", widths=widths) if widths else SamplerConfig(),
+    )
+
+
+def _method(name: str, **options: Any) -> Method:
     torch.manual_seed(0)
-    switches.setdefault("base_loss", "infonce" if name == "simclr" else "cosine")
-    sampler = SamplerConfig(kind="fixed", widths=widths) if widths else SamplerConfig()
-    method = build_method(
-        Config(
-            model=ModelConfig("resnet_tiny", stem="small", in_channels=1, divisor=4, norm=norm, base_channels=8),
-            method=MethodConfig(name, hidden_dim=12, dim=6, predictor_hidden=10, **switches),
-            sampler=sampler,
-        )
-    ).double()
+    method = build_method(_config(name, **options)).double()
     if method.encoder_k is not None:  # as after some training: a teacher that is not the student
         with torch.no_grad():
             for parameter in method.encoder_k.parameters():
@@ -178,6 +197,11 @@ def test_heads() -> None:
         return [key for key, _ in _method(name, **US3L).encoder_q.fc.named_parameters()]
 
     norms = ["1.weight", "1.bias", "4.weight", "4.bias"]
+    for name in ("moco_v2", "moco_v3"):  # published: no norms; norms, and no biases
+        expected = (
+            ["0.weight", "0.bias", "2.weight", "2.bias"] if name == "moco_v2" else ["0.weight", *norms[:2], "3.weight"]
+        )
+        assert names(name) == expected
     assert names("simsiam") == ["0.weight", *norms[:2], "3.weight", *norms[2:], "6.weight"]
     assert names("simclr") == ["0.weight", "0.bias", *norms[:2], "3.weight", "3.bias", *norms[2:], "6.weight", "6.bias"]
     assert names("byol") == ["0.weight", "0.bias", *norms[:2], "3.weight", *norms[2:], "6.weight", "6.bias"]
@@ -195,11 +219,147 @@ def test_projection_is_before_simsiams_final_norm() -> None:
     _assert_same(normalised, _views_apart(images, method.encoder_q, 1.0))
 
 
-@pytest.mark.parametrize("name", ["simsiam", "simclr", "byol"])
-@pytest.mark.parametrize("switches", [INDIVIDUAL, SLIMMABLE, DISTILLED, US3L])
+# The methods with a queue, or a form of InfoNCE, of their own
+
+
+@pytest.mark.parametrize("distillation", ["cosine", "infonce", "mse"])
+def test_moco_v2_iteration(distillation: str) -> None:
+    """Negatives are the queue's, for the distillation too; the queue takes in the teacher's projections at the end."""
+    method, images = _method("moco_v2", target="momentum", distillation=distillation), _images()
+    queue = method.queue.keys.clone()
+    teacher = _views_apart(images, method.encoder_k, 1.0)
+    contrast = partial(info_nce_queue, queue=queue, temperature=0.5)
+    targets = first = method.targets(images, width=1.0)
+    loss, _, targets = method(images, width=1.0, full=True, targets=targets)
+    _assert_same(loss, cross_view(contrast, _views_apart(images, method.encoder_q, 1.0), teacher))
+    loss, _, targets = method(images, width=0.5, full=False, targets=targets)
+    distil = {"cosine": negative_cosine, "infonce": contrast, "mse": mean_squared_error}[distillation]
+    _assert_same(loss, cross_view(distil, _views_apart(images, method.encoder_q, 0.5, method.aux_predictor), teacher))
+    loss.backward()
+    assert torch.equal(method.queue.keys, queue)
+
+    for _ in range(3):  # 16 targets each, and room for 40
+        method.finish_iteration(first, SINGLE)
+    keys = nn.functional.normalize(teacher, dim=1)
+    _assert_same(method.queue.keys, torch.cat([keys[8:], keys[8:], keys, keys[:8]]))  # rows 0 to 7 a second time
+    assert int(method.queue.position) == 8
+
+
+def test_queue_smaller_than_an_iteration_is_named() -> None:
+    method = _method("moco_v2", **US3L)
+    with pytest.raises(ConfigError, match="method.queue_size: expected at least 41.*got 40"):
+        method.finish_iteration(torch.randn(41, 6, dtype=torch.float64), SINGLE)
+
+
+@pytest.mark.parametrize("model", ["resnet_tiny", "vit_mini"])
+def test_moco_v3_iteration(model: str) -> None:
+    method, images = _method("moco_v3", model=model, **US3L), _images()
+    teacher = _views_apart(images, method.encoder_k, 1.0)
+    loss, _, targets = method(images, width=1.0, full=True, targets=method.targets(images, width=1.0))
+    prediction = _views_apart(images, method.encoder_q, 1.0, method.predictor)
+    _assert_same(loss, cross_view(partial(in_batch_contrast, temperature=0.5), prediction, teacher))
+    narrow = method(images, width=0.5, full=False, targets=targets).loss
+    prediction = _views_apart(images, method.encoder_q, 0.5, method.aux_predictor)
+    _assert_same(narrow, cross_view(negative_cosine, prediction, teacher))
+
+    (loss + narrow).backward()
+    vit = model == "vit_mini"
+    frozen = {name for name, p in method.named_parameters() if p.grad is None and not name.startswith("encoder_k.")}
+    assert frozen == ({f"encoder_q.patch_embed.proj.{kind}" for kind in ("weight", "bias")} if vit else set())
+    trained = {id(p) for group in parameter_groups(method) for p in group["params"]}
+    assert trained == {id(p) for p in method.parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def teacher_file(tmp_path: Path) -> Path:
+    """A checkpoint of a BYOL network, at the widths up to 0.75."""
+    config = _config("byol", widths=[0.75, 0.5], **US3L)
+    torch.manual_seed(7)
+    saved = dict.fromkeys(checkpoints._KEYS)
+    saved |= {"format": 1, "config": to_dict(config), "method": build_method(config).state_dict()}
+    checkpoints.save(tmp_path / "teacher.pt", saved)
+    return tmp_path / "teacher.pt"
+
+
+def test_seed_iteration(teacher_file: Path) -> None:
+    """The frozen teacher at its largest width, views not crossed, similarities to the queue, at both temperatures."""
+    method = _method("seed", target="frozen", teacher=str(teacher_file), teacher_temperature=0.1, distillation="cosine")
+    images, queue = _images(), method.queue.keys.clone()
+    frozen = checkpoints.restore(checkpoints.load(teacher_file)).encoder_q.double().train()
+    teacher = _views_apart(images, frozen, 0.75)
+    first = method.targets(images, width=1.0)
+    _assert_same(first, teacher)
+    loss, _, targets = method(images, width=1.0, full=True, targets=first)
+    relations = partial(queue_relations, queue=queue, temperatures=(0.5, 0.1))
+    _assert_same(loss, relations(_views_apart(images, method.encoder_q, 1.0), teacher))
+    loss, _, targets = method(images, width=0.5, full=False, targets=targets)
+    prediction = _views_apart(images, method.encoder_q, 0.5, method.aux_predictor)
+    _assert_same(loss, negative_cosine(prediction, teacher))
+    method.finish_iteration(first, SINGLE)
+    _assert_same(method.queue.keys[:16], nn.functional.normalize(teacher, dim=1))
+    assert method.ema() is None and not any("teacher" in name for name in method.state_dict())
+
+
+def test_a_frozen_teacher_serves_every_width_and_every_method(teacher_file: Path) -> None:
+    switches = {"target": "frozen", "teacher": str(teacher_file), "distillation": "none", "widths": [1.0, 0.5]}
+    method, images = _method("simsiam", **switches), _images()
+    targets = first = method.targets(images, width=1.0)
+    for i, width in enumerate((1.0, 0.5)):
+        loss, _, targets = method(images, width=width, full=i == 0, targets=targets)
+        predictions = _views_apart(images, method.encoder_q, width, method.predictor)
+        _assert_same(loss, cross_view(negative_cosine, predictions, first))
+
+
+def test_teachers_that_do_not_fit(teacher_file: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint at missing.pt"):
+        _method("seed", target="frozen", teacher="missing.pt").targets(_images(), width=1.0)
+    config = to_dict(_config("seed", target="frozen", teacher=str(teacher_file)))
+    config["method"]["dim"] = 7
+    with pytest.raises(ConfigError, match="method.dim: expected 6, as the projections of .*teacher.pt have, got 7"):
+        build_method(from_dict(config)).double().targets(_images(), width=1.0)
+
+
+# Supervised
+
+
+@pytest.mark.parametrize("norm", ["sliced", "switchable"])
+@pytest.mark.parametrize("distillation", ["kl", "none"])
+def test_supervised_iteration(norm: str, distillation: str) -> None:
+    """Labels at full width; sub-networks follow its logits, or the labels as well."""
+    method = _method(
+        "supervised", target="live", distillation=distillation, aux_head=False, norm=norm, widths=[1.0, 0.5]
+    )
+    images, targets, logits = _images(4), LABELS, []
+    for i, width in enumerate((1.0, 0.5)):
+        loss, projection, targets = method(images, width=width, full=i == 0, targets=targets)
+        with use_width(method.encoder_q, width):
+            logits.append(method.encoder_q(images))
+        _assert_same(projection, logits[-1].detach())
+        if i == 0 or distillation == "none":
+            _assert_same(loss, nn.functional.cross_entropy(logits[-1], LABELS))
+        else:
+            _assert_same(loss, kl_divergence(logits[1], logits[0].detach(), (0.5, 0.5)))
+    assert logits[0].shape == (8, 10)
+    assert [group["name"] for group in parameter_groups(method)] == ["encoder"]
+
+
+@pytest.mark.parametrize(
+    ("name", "switches"),
+    [
+        (name, switches)
+        for name in ("simsiam", "simclr", "byol")
+        for switches in (INDIVIDUAL, SLIMMABLE, DISTILLED, US3L)
+    ]
+    + [
+        (name, switches | {"target": "momentum"})
+        for name in ("moco_v2", "moco_v3")
+        for switches in (INDIVIDUAL, SLIMMABLE, DISTILLED, US3L)
+    ]
+    + [("supervised", INDIVIDUAL), ("supervised", SLIMMABLE), ("supervised", DISTILLED | {"distillation": "kl"})],
+)
 def test_every_row_trains(name: str, switches: dict[str, Any]) -> None:
     """Some iterations of each row lower its loss, and every parameter it has takes part."""
-    method, images = _method(name, **switches), _images()
+    method, images = _method(name, **switches), _images(4 if name == "supervised" else 8)
     teacher = method.ema()
     optimizer = SGD(parameter_groups(method), 0.05, 0.9)
     widths = switches.get("widths", [1.0, 0.6, 0.25])
@@ -207,14 +367,15 @@ def test_every_row_trains(name: str, switches: dict[str, Any]) -> None:
     for _ in range(6):
         if teacher is not None:
             teacher.update()
-        targets, total = method.targets(images, width=widths[0]), 0.0
+        targets = LABELS if method.labelled else method.targets(images, width=widths[0])
+        total = 0.0
         optimizer.zero_grad()
         for i, width in enumerate(widths):
             loss, _, targets = method(images, width=width, full=i == 0, targets=targets)
             loss.backward()
             total += loss.item()
         optimizer.step()
-        totals.append(total)
+        totals.append(total)  # against the same negatives: a queue would fill with harder ones
     assert totals[-1] < totals[0]
     assert all(p.grad is not None for p in method.student_parameters())
 
@@ -255,6 +416,18 @@ def test_losses_are_full_precision_under_autocast() -> None:
         ("simclr", US3L, []),
         ("simclr", US3L | {"target": "live"}, ["G2"]),
         ("byol", US3L | {"aux_head": False}, ["G3"]),
+        ("byol", DISTILLED | {"distillation": "relational"}, ["G1", "G3"]),
+        ("byol", DISTILLED | {"distillation": "kl"}, ["G1", "G2", "G3"]),
+        ("simsiam", DISTILLED | {"base_loss": "mse"}, ["G1", "G2", "G3"]),
+        ("simsiam", DISTILLED | {"target": "frozen", "teacher": "x.pt"}, ["G3"]),
+        ("moco_v2", US3L, []),
+        ("moco_v2", DISTILLED | {"target": "momentum"}, ["G3"]),
+        ("moco_v3", US3L, []),
+        ("seed", US3L | {"target": "frozen", "teacher": "x.pt"}, []),
+        ("seed", SLIMMABLE | {"target": "frozen", "teacher": "x.pt"}, ["G3"]),
+        ("supervised", INDIVIDUAL, []),
+        ("supervised", SLIMMABLE, ["G3"]),
+        ("supervised", DISTILLED | {"distillation": "kl"}, ["G2", "G3"]),
     ],
 )
 def test_guidelines(name: str, switches: dict[str, Any], violated: list[str]) -> None:
@@ -268,10 +441,22 @@ def test_bad_use_is_named() -> None:
         _method("byol", **US3L)(images, width=1.0, full=True, targets=None)
     with pytest.raises(ValueError, match="targets"):
         _method("simsiam", **DISTILLED)(images, width=0.5, full=False, targets=None)
-    with pytest.raises(ValueError, match="method.name must be one of simsiam, simclr, byol, got 'moco'"):
+    with pytest.raises(ValueError, match="targets: expected the labels"):
+        _method("supervised", **SLIMMABLE)(images, width=1.0, full=True, targets=None)
+    with pytest.raises(ValueError, match="method.name must be one of simsiam, simclr, byol, .*, got 'moco'"):
         _method("moco")
-    with pytest.raises(ValueError, match="a loss must be cosine or infonce, got 'l2'"):
-        _method("byol", base_loss="l2")
+    for name, switches, text in (
+        ("byol", {"base_loss": "l2"}, "method.base_loss: byol has infonce or cosine .* or relational, got 'l2'"),
+        ("moco_v2", {"target": "live"}, "method.target: moco_v2 has momentum, got 'live'"),
+        ("moco_v2", {"base_loss": "cosine"}, "method.base_loss: moco_v2 has infonce, got 'cosine'"),
+        ("moco_v3", {"base_loss": "mse"}, "method.base_loss: moco_v3 has infonce, got 'mse'"),
+        ("seed", {"target": "momentum"}, "method.target: seed has frozen, got 'momentum'"),
+        ("supervised", {"target": "momentum"}, "method.target: supervised has live, got 'momentum'"),
+        ("supervised", {"base_loss": "cosine"}, "method.base_loss: supervised has cross_entropy, got 'cosine'"),
+        ("supervised", DISTILLED | {"aux_head": True}, "method.aux_head: expected false for supervised"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            _method(name, **switches)
 
 
 def test_group_alpha_ramps_between_the_warm_up_and_half_of_the_run() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from us3l.config import SIZES
 from us3l.data import arrays
 from us3l.data.base import Data, EpochOrder, EvaluationLoader, Labelled, LinearLoader, TwoViewLoader
 from us3l.data.folder import find_images, folder_data, subset
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Data", "EvaluationLoader", "Labelled", "LinearLoader", "TwoViewLoader", "image_size", "make_data"]
 
-_NATIVE_SIZE = {"fashion_mini": 14, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32}
-_RANDOM_TRAIN, _RANDOM_TEST, _RANDOM_SIZE, _FOLDER_SIZE = 512, 256, 32, 224
+_RANDOM_TRAIN, _RANDOM_TEST = 512, 256
 
 
 def make_data(
@@ -59,15 +59,11 @@ def make_data(
 
 def image_size(cfg: DataConfig) -> int:
     """Side of the images the networks see; larger than the files' is resized, smaller is refused."""
-    if cfg.name == "image_folder":
-        return cfg.size or _FOLDER_SIZE
-    if cfg.name == "random":
-        return cfg.size or _RANDOM_SIZE
-    native = _NATIVE_SIZE.get(cfg.name)
+    native = SIZES.get(cfg.name)
     if native is None:
-        raise DataError(
-            f"unknown data.name={cfg.name}: expected one of {', '.join(_NATIVE_SIZE)}, image_folder, random"
-        )
+        raise DataError(f"unknown data.name={cfg.name}: expected one of {', '.join(SIZES)}")
+    if cfg.name in ("random", "image_folder"):
+        return cfg.size or native
     size = cfg.size or native
     if cfg.name == "fashion_mini" and size not in (14, 28):
         raise DataError(f"data.size={size}: fashion_mini has 14 (the default) and 28")

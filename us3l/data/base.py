@@ -27,6 +27,15 @@ class TwoViewLoader(Protocol):
         """
 
 
+class LabelledLoader(Protocol):
+    """Training batches of a supervised network: one random view (crop, flip) and labels; else as `TwoViewLoader`."""
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Labelled]: ...
+
+
 class EvaluationLoader(Protocol):
     """All images of a split once, in a fixed order, without random augmentation."""
 
@@ -48,6 +57,7 @@ class Data:
 
     Attributes:
         train: two augmented views of the training images, this process's share.
+        labelled: one view of the same images in the same batches, with labels.
         train_eval: the training images without augmentation, all of them in every process.
         test: the test images, likewise.
         linear_train: `linear_train(epoch, batch_size)` yields every training image once, in random order,
@@ -58,6 +68,7 @@ class Data:
     """
 
     train: TwoViewLoader
+    labelled: LabelledLoader
     train_eval: EvaluationLoader
     test: EvaluationLoader
     linear_train: LinearLoader

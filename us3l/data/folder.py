@@ -58,10 +58,14 @@ def view_transform(size: int, crop_scale: Sequence[float]) -> Transform:
     )
 
 
-def linear_transform(size: int) -> Transform:
+def linear_transform(size: int, crop_scale: Sequence[float] = LINEAR_CROP) -> Transform:
     """Random resized crop and flip."""
     return v2.Compose(
-        [v2.RandomResizedCrop(size, scale=LINEAR_CROP), v2.RandomHorizontalFlip(), *_to_normalised_tensor()]
+        [
+            v2.RandomResizedCrop(size, scale=tuple(crop_scale)),
+            v2.RandomHorizontalFlip(),
+            *_to_normalised_tensor(),
+        ]
     )
 
 
@@ -115,6 +119,28 @@ class FolderTwoViews:
         views = Images(self.samples, self.transform, self.order.seed, epoch, (Stream.VIEW_1, Stream.VIEW_2))
         batches = self.order.batches(epoch, start_batch)
         return (images for images, _ in _load(views, batches, self.workers, self.device))
+
+
+class FolderLabelled:
+    """One view of every image, random resized crop and flip, and its label. A :class:`LabelledLoader`."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        order: EpochOrder,
+        transform: Transform,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self.samples, self.order, self.transform = samples, order, transform
+        self.workers, self.device = workers, device
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Labelled]:
+        views = Images(self.samples, self.transform, self.order.seed, epoch, (Stream.VIEW_1,))
+        return _load(views, self.order.batches(epoch, start_batch), self.workers, self.device)
 
 
 class FolderLinear:
@@ -199,6 +225,7 @@ def folder_data(
     evaluation = evaluation_transform(size)
     return Data(
         train=FolderTwoViews(train, order, view_transform(size, crop_scale), workers, device),
+        labelled=FolderLabelled(train, order, linear_transform(size, crop_scale), workers, device),
         train_eval=FolderEvaluation(train, evaluation, workers, device),
         test=FolderEvaluation(test, evaluation, workers, device),
         linear_train=FolderLinear(train, linear_transform(size), order.seed, workers, device),

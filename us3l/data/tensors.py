@@ -52,6 +52,25 @@ class TensorTwoViews:
         return self.normalise(augment.jitter(images, u))
 
 
+class TensorLabelled:
+    """One view of every image, random resized crop and flip, and its label. A :class:`LabelledLoader`."""
+
+    def __init__(
+        self, split: Split, order: EpochOrder, normalise: Normalise, size: int, crop_scale: Sequence[float]
+    ) -> None:
+        self.split, self.order, self.normalise, self.size = split, order, normalise, size
+        self.crop_scale = crop_scale
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Labelled]:
+        for indices in self.order.batches(epoch, start_batch):
+            u = uniforms(self.order.seed, epoch, indices, Stream.VIEW_1, len(augment.Draw))
+            images = _resized_crop(self.split.images, indices, u, self.crop_scale, self.size)
+            yield self.normalise(images), self.split.labels[torch.from_numpy(indices)]
+
+
 class TensorLinear:
     """Augmented and labelled batches of the linear protocol. A :class:`LinearLoader`."""
 
@@ -98,6 +117,7 @@ def tensor_data(
     normalise = Normalise(arrays, device)
     return Data(
         train=TensorTwoViews(train.images, order, normalise, size, crop_scale),
+        labelled=TensorLabelled(train, order, normalise, size, crop_scale),
         train_eval=TensorEvaluation(train, normalise, size, arrays.zoom),
         test=TensorEvaluation(test, normalise, size, arrays.zoom),
         linear_train=TensorLinear(train, normalise, size, order.seed),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from us3l.evaluation.calibration import calibrate
+from us3l.evaluation.classifier import classifier_accuracy
 from us3l.evaluation.features import features
 from us3l.evaluation.knn import knn_accuracy
 from us3l.evaluation.linear import (
@@ -20,6 +21,7 @@ __all__ = [
     "IMAGENET_PROTOCOL",
     "SGDProtocol",
     "calibrate",
+    "classifier_accuracy",
     "effective_rank",
     "evaluate",
     "features",

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from us3l.evaluation.features import backbone, device_of
+from us3l_kernels.nn import SlicedBatchNorm2d
 from us3l_kernels.nn.calibration import calibrating
 from us3l_kernels.width import Width, use_width
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Whether the backbone has statistics to calibrate. Layer norms have none, and heads are not evaluated."""
+    return any(isinstance(module, SlicedBatchNorm2d) for module in model.modules())
 
 
 @torch.no_grad()
@@ -28,9 +34,11 @@ def calibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], width: 
         width: a width in (0, 1], or a plan.
 
     Raises:
-        ValueError: `loader` yields no batch.
+        ValueError: `loader` yields no batch, or the backbone has no batch norms.
     """
     network, device = backbone(model), device_of(model)
+    if not has_statistics(model):
+        raise ValueError(f"calibrate: {type(model).__name__} has no batch norms, and so no statistics of a width")
     training = model.training
     model.eval()  # dropout and the like off; `calibrating` alone decides what the norms do
     batches = 0

@@ -6,7 +6,10 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from us3l.evaluation.calibration import calibrate
+from torch import nn
+
+from us3l.evaluation.calibration import calibrate, has_statistics
+from us3l.evaluation.classifier import classifier_accuracy
 from us3l.evaluation.features import device_of, features
 from us3l.evaluation.knn import knn_accuracy
 from us3l.evaluation.linear import SGDProtocol, linear_probe, linear_probe_sgd
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 20
 
-Probe = Literal["linear", "knn"]
+Probe = Literal["linear", "knn", "classifier"]
 
 
 def evaluate(
@@ -36,10 +39,10 @@ def evaluate(
     """Calibrate (where that was not done yet) and evaluate a backbone at every width.
 
     Args:
-        model: its head (the projector, after pre-training) is ignored.
+        model: its head (the projector, after pre-training) is ignored, but by the probe "classifier".
         widths: widths in (0, 1], or plans, in the order of the result.
         probe: "linear", a linear classifier on frozen features; "knn", a weighted 20-nearest-neighbour vote
-            (of all training images, where there are fewer).
+            (of all training images, where there are fewer); "classifier", the model's own, trained with labels.
         protocol: how the linear classifier is trained: None, to its optimum by L-BFGS on un-augmented
             features (small data), or by SGD (`CIFAR_PROTOCOL`, `IMAGENET_PROTOCOL`).
         on_width: called with every row as it is done.
@@ -53,14 +56,21 @@ def evaluate(
     """
     if not widths:
         raise ValueError("widths: expected at least one, got none")
-    if probe not in ("linear", "knn"):
-        raise ValueError(f"probe: expected 'linear' or 'knn', got {probe!r}")
+    if probe not in ("linear", "knn", "classifier"):
+        raise ValueError(f"probe: expected 'linear', 'knn' or 'classifier', got {probe!r}")
+    if probe == "classifier" and not isinstance(model.fc, nn.Linear):
+        raise ValueError(
+            "probe: 'classifier' is for networks trained with labels; "
+            f"the head of this one is a {type(model.fc).__name__}"
+        )
     costs = _costs(model, data, widths)
     rows: list[dict[str, Any]] = []
     for width, cost in zip(widths, costs, strict=True):
-        if width_key(width) not in statistics(model):
+        if has_statistics(model) and width_key(width) not in statistics(model):
             calibrate(model, data.train_eval, width)
-        if probe == "linear" and protocol is not None:
+        if probe == "classifier":
+            accuracy = classifier_accuracy(model, data.test, width)
+        elif probe == "linear" and protocol is not None:
             accuracy = linear_probe_sgd(model, data, width, protocol)
         else:
             train, test = features(model, data.train_eval, width), features(model, data.test, width)

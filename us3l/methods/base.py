@@ -13,25 +13,26 @@ Two switches of the configuration make every row of the paper's tables out of on
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from us3l.losses import cross_view, info_nce, negative_cosine
-from us3l.methods.heads import Predictor, Projector
+from us3l.errors import ConfigError
+from us3l.losses import CRITERIA, RELATIVE, Criterion, criterion, cross_view
+from us3l.methods.heads import MLP, prediction_head
 from us3l_kernels.optim import EMA
 from us3l_kernels.width import Width, set_width, views
 
 if TYPE_CHECKING:
     from us3l.config import MethodConfig
+    from us3l.distributed import World
     from us3l.models import Backbone
 
 GUIDELINES = {
-    "G1": "the base loss has a target that moves slowly (momentum) or is relative (infonce)",
-    "G2": "the distillation loss has a target from the momentum encoder or is relative (infonce)",
+    "G1": "the base loss has a target that moves slowly (momentum), or not (frozen), or is relative (infonce, ...)",
+    "G2": "the distillation loss has a target from such a teacher or is relative (infonce, relational)",
     "G3": "sub-networks are distilled through an auxiliary head of their own",
 }
 """The three guidelines of the US3L paper, as satisfied; one of them is enough."""
@@ -51,74 +52,133 @@ class StepOutput(NamedTuple):
 
 
 class Method(nn.Module):
-    """Base of the self-supervised methods.
+    """Base of the methods.
 
     One iteration, with the widths drawn largest first and `images` [2N, C, H, W] two stacked views,
     view-major:
 
         ema.update()
-        targets = method.targets(images, width=widths[0])
+        first = targets = method.targets(images, width=widths[0])
         for i, width in enumerate(widths):
             loss, projection, targets = method(images, width=width, full=i == 0, targets=targets)
+        method.finish_iteration(first, world)
+
+    A method of its own is a subclass: an __init__(encoder, config, **widths) that builds its heads, and what differs
+    of `base_loss`, `criterion`, `compare` and `live_targets`. Buffers (a queue, say) are saved with every checkpoint.
 
     Args:
         encoder: a backbone of `us3l.models`; its `fc` is replaced by `projector`.
         predictor: the head of the base loss, or None.
         largest_width: of all the widths that will be trained. The teacher of a distillation runs at it.
         slimmable: whether more than one width will be trained.
+
+    Raises:
+        ConfigError: a base loss or a target that the method does not have.
     """
+
+    labelled: ClassVar[bool] = False
+    """Whether it learns from labels, which are then its first targets, and from one view instead of two."""
+    base_losses: ClassVar[tuple[str, ...]] = CRITERIA
+    """The values of `method.base_loss` that make sense here."""
+    kinds_of_target: ClassVar[tuple[str, ...]] = ("momentum", "live", "frozen")
+    """The values of `method.target` that make sense here."""
 
     encoder_q: Backbone
     encoder_k: Backbone | None
-    predictor: Predictor | None
-    aux_predictor: Predictor | None
+    predictor: MLP | None
+    aux_predictor: MLP | None
 
     def __init__(
         self,
         encoder: Backbone,
-        projector: Projector,
-        predictor: Predictor | None,
+        projector: nn.Module,
+        predictor: MLP | None,
         config: MethodConfig,
         *,
         largest_width: float = 1.0,
         slimmable: bool = True,
     ) -> None:
         super().__init__()
+        for key, value, known in (
+            ("base_loss", config.base_loss, self.base_losses),
+            ("target", config.target, self.kinds_of_target),
+        ):
+            if value not in known:
+                raise ConfigError(f"method.{key}: {config.name} has {' or '.join(known)}, got {value!r}")
         self.config = config
         self.largest_width = largest_width
         self.slimmable = slimmable
         self.distils = config.distillation != "none"
-        self.base_loss = _loss(config.base_loss, config.temperature)
-        if self.distils:
-            self.distillation_loss = _loss(config.distillation, config.temperature)
 
         self.encoder_q = encoder
         self.encoder_q.fc = projector
         self.predictor = predictor
         self.aux_predictor = None
         if self.distils and config.aux_head:
-            self.aux_predictor = Predictor(config.dim, config.predictor_hidden or config.hidden_dim)
+            self.aux_predictor = prediction_head(config.dim, config.predictor_hidden or config.hidden_dim)
         self.encoder_k = None
         if config.target == "momentum":
             self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
 
     @property
-    def projector(self) -> Projector:
+    def projector(self) -> MLP:
         """The student's projector, which is its encoder's `fc`."""
-        return cast(Projector, self.encoder_q.fc)
+        return cast(MLP, self.encoder_q.fc)
+
+    @cached_property
+    def frozen_teacher(self) -> Backbone:
+        """The trained network, with its projector, of the checkpoint `method.teacher`, at its largest width.
+
+        Read at first use: a trained student does not need it, and its checkpoints do not hold it. Its norms take the
+        statistics of the batch, as those of every teacher here.
+
+        Raises CheckpointError if it cannot be read.
+        """
+        from us3l import checkpoint as checkpoints  # which needs the methods
+
+        if self.config.teacher is None:
+            raise ConfigError("method.target=frozen needs method.teacher, the checkpoint of a trained network")
+        trained = checkpoints.restore(checkpoints.load(self.config.teacher))
+        like = next(self.parameters())
+        teacher = trained.encoder_q.to(like.device, like.dtype).train().requires_grad_(False)
+        set_width(teacher, trained.largest_width)
+        return teacher
+
+    def criterion(self, name: str) -> Criterion:
+        """The loss of the configured name; a method with a form of its own overrides this."""
+        return criterion(name, self.config.temperature, self.config.teacher_temperature)
+
+    def base_loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Of the full width, and of all widths if nothing is distilled; on one view [N, D] each, as `compare` pairs."""
+        return self.criterion(self.config.base_loss)(predictions, targets)
+
+    def distillation_loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Of the sub-networks; arguments as of `base_loss`."""
+        return self.criterion(self.config.distillation)(predictions, targets)
+
+    def compare(self, loss: Criterion, predictions: Tensor, targets: Tensor) -> Tensor:
+        """A loss over predictions and targets [2N, D] of both views: each view against the other view's target."""
+        return cross_view(loss, predictions, targets)
 
     @torch.no_grad()
     def targets(self, images: Tensor, *, width: Width) -> Tensor | None:
         """Teacher's projections [2N, D] of both views; None for a live target.
 
-        `width` is that of the student. A distilling teacher runs at the largest width, whatever is drawn;
+        `width` is that of the student. A distilling momentum teacher runs at the largest width, whatever is drawn;
         without distillation each width is a network of its own, and so is its teacher.
         """
-        if self.encoder_k is None:
+        if self.config.target == "live":
             return None
-        set_width(self.encoder_k, self.largest_width if self.distils else width)
+        if self.encoder_k is not None:
+            set_width(self.encoder_k, self.largest_width if self.distils else width)
         with views(2):
-            return self.encoder_k(images)
+            targets = (self.encoder_k or self.frozen_teacher)(images)
+        if targets.shape[1] != self.config.dim:
+            raise ConfigError(
+                f"method.dim: expected {targets.shape[1]}, as the projections of {self.config.teacher} have, "
+                f"got {self.config.dim}"
+            )
+        return targets
 
     def forward(self, images: Tensor, *, width: Width, full: bool, targets: Tensor | None) -> StepOutput:
         """Loss of one width of the iteration.
@@ -137,26 +197,30 @@ class Method(nn.Module):
             z = self.projector.norm(projection)
             head = self.aux_predictor if distilled and self.aux_predictor is not None else self.predictor
             prediction = z if head is None else head(z)
+        shared = self.distils or self.config.target == "frozen"  # one target for all widths of the iteration
         if not distilled:
-            if self.encoder_k is None:
+            if self.config.target == "live":
                 targets = self.live_targets(z)
-            elif not full:
+            elif not full and not shared:
                 targets = self.targets(images, width=width)
         if targets is None:
             raise ValueError(
                 "targets: expected those of Method.targets() for the first width of an iteration, and those that "
                 "the first width returned for its sub-networks, got None"
             )
-        loss = cross_view(self.distillation_loss if distilled else self.base_loss, prediction, targets)
-        return StepOutput(loss, projection.detach(), targets.detach() if self.distils else None)
+        loss = self.compare(self.distillation_loss if distilled else self.base_loss, prediction, targets)
+        return StepOutput(loss, projection.detach(), targets.detach() if shared else None)
 
     def live_targets(self, z: Tensor) -> Tensor:
         """Targets [2N, D] of the base loss when there is no teacher: the network's own projections, as constants."""
         return z.detach()
 
+    def finish_iteration(self, targets: Tensor | None, world: World) -> None:
+        """Called once, after all widths of an iteration, with what `targets()` gave; a queue takes them in here."""
+
     def student_parameters(self) -> list[nn.Parameter]:
         """All that is trained: encoder, projector and predictors."""
-        return [p for name, p in self.named_parameters() if not name.startswith("encoder_k.")]
+        return [p for p in self.parameters() if p.requires_grad]
 
     def ema(self) -> EMA | None:
         """The teacher's update, to be called once per iteration before `targets`; None for a live target."""
@@ -171,21 +235,13 @@ class Method(nn.Module):
         """
         if not self.slimmable:
             return []
-        slow = self.config.target == "momentum"
+        slow = self.config.target != "live"
         violated = []
-        if not (slow or self.config.base_loss == "infonce"):
+        if not (slow or self.config.base_loss in RELATIVE):
             violated.append("G1")
         guidance = self.config.distillation if self.distils else self.config.base_loss
-        if not (slow or guidance == "infonce"):
+        if not (slow or guidance in RELATIVE):
             violated.append("G2")
         if self.aux_predictor is None:
             violated.append("G3")
         return violated
-
-
-def _loss(name: str, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
-    if name == "cosine":
-        return negative_cosine
-    if name == "infonce":
-        return partial(info_nce, temperature=temperature)
-    raise ValueError(f"a loss must be cosine or infonce, got {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from us3l.methods.base import Method
-from us3l.methods.heads import Predictor, Projector
+from us3l.methods.heads import MLP, prediction_head
 
 if TYPE_CHECKING:
     from us3l.config import MethodConfig
@@ -20,6 +20,6 @@ class BYOL(Method):
     """
 
     def __init__(self, encoder: Backbone, config: MethodConfig, **widths: Any) -> None:
-        projector = Projector(encoder.feature_dim, config.hidden_dim, config.dim, biases=(True, False, True))
-        predictor = Predictor(config.dim, config.predictor_hidden or config.hidden_dim)
+        projector = MLP((encoder.feature_dim, config.hidden_dim, config.hidden_dim, config.dim), (True, False, True))
+        predictor = prediction_head(config.dim, config.predictor_hidden or config.hidden_dim)
         super().__init__(encoder, projector, predictor, config, **widths)

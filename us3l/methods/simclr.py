@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from us3l.methods.base import Method
-from us3l.methods.heads import Projector
+from us3l.methods.heads import MLP
 
 if TYPE_CHECKING:
     from us3l.config import MethodConfig
@@ -25,7 +25,7 @@ class SimCLR(Method):
     """
 
     def __init__(self, encoder: Backbone, config: MethodConfig, **widths: Any) -> None:
-        projector = Projector(encoder.feature_dim, config.hidden_dim, config.dim, biases=(True, True, True))
+        projector = MLP((encoder.feature_dim, config.hidden_dim, config.hidden_dim, config.dim), (True, True, True))
         super().__init__(encoder, projector, None, config, **widths)
 
     def live_targets(self, z: Tensor) -> Tensor:

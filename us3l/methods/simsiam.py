@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from us3l.methods.base import Method
-from us3l.methods.heads import Predictor, Projector
+from us3l.methods.heads import MLP, prediction_head
 
 if TYPE_CHECKING:
     from us3l.config import MethodConfig
@@ -22,12 +22,10 @@ class SimSiam(Method):
     """
 
     def __init__(self, encoder: Backbone, config: MethodConfig, **widths: Any) -> None:
-        projector = Projector(
-            encoder.feature_dim,
-            config.hidden_dim,
-            config.dim,
-            biases=(False, False, False),  # a batch norm follows each layer
+        projector = MLP(
+            (encoder.feature_dim, config.hidden_dim, config.hidden_dim, config.dim),
+            (False, False, False),  # a batch norm follows each layer
             final_norm=True,
         )
-        predictor = Predictor(config.dim, config.predictor_hidden or config.hidden_dim)
+        predictor = prediction_head(config.dim, config.predictor_hidden or config.hidden_dim)
         super().__init__(encoder, projector, predictor, config, **widths)

@@ -6,7 +6,7 @@ from us3l_kernels.nn.calibration import calibrating, load_statistics, statistics
 from us3l_kernels.nn.compat import SlimmableConv2d, SlimmableLinear, USBatchNorm2d, USConv2d, USLinear
 from us3l_kernels.nn.conv import SlicedConv2d
 from us3l_kernels.nn.layer_norm import SlicedLayerNorm
-from us3l_kernels.nn.linear import SlicedLinear
+from us3l_kernels.nn.linear import SlicedLinear, SlicedQKV
 
 __all__ = [
     "SlicedBatchNorm1d",
@@ -14,6 +14,7 @@ __all__ = [
     "SlicedConv2d",
     "SlicedLayerNorm",
     "SlicedLinear",
+    "SlicedQKV",
     "SlimmableConv2d",
     "SlimmableLinear",
     "SwitchableBatchNorm2d",

@@ -1,9 +1,10 @@
-"""A linear layer that runs with a prefix of its features."""
+"""Linear layers that run with a prefix of their features."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from us3l_kernels import functional
@@ -16,6 +17,7 @@ class SlicedLinear(SlicedOutput, nn.Linear):
     Parameters, state_dict and initialisation are those of torch.nn.Linear, and at width 1.0 so is the result.
 
     slice_out: False keeps all output features at every width (a classifier, the end of a projector).
+    slice_in: True reads only the prefix of x that a sliced layer of `in_features` would bring, where x brings more.
     divisor, ratio: the rounding of features, see `active_channels`.
 
     active_out_features: the output features at the width in effect.
@@ -31,6 +33,7 @@ class SlicedLinear(SlicedOutput, nn.Linear):
         bias: bool = True,
         *,
         slice_out: bool = True,
+        slice_in: bool = False,
         divisor: int = 8,
         ratio: int = 1,
         device: Any = None,
@@ -38,6 +41,7 @@ class SlicedLinear(SlicedOutput, nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.slice_out = slice_out
+        self.slice_in = slice_in
         self.divisor = divisor
         self.ratio = ratio
         self.active_out_features = out_features
@@ -50,6 +54,10 @@ class SlicedLinear(SlicedOutput, nn.Linear):
         """The input features that a sliced layer of `in_features` brings at `width`."""
         return active_channels(self.in_features, width, divisor=self.divisor)
 
+    def read_features(self, available: int) -> int:
+        """How many of the features that x brings are read at the width in effect."""
+        return min(available, self.in_features_at(self.active_width)) if self.slice_in else available
+
     def channels_at(self, width: float) -> int:
         if not self.slice_out:
             return self.out_features
@@ -57,12 +65,21 @@ class SlicedLinear(SlicedOutput, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., C] with C <= in_features -> [..., active_out_features]."""
+        self._check(x)
+        return functional.linear(
+            x,
+            self.weight,
+            self.bias,
+            out_features=self.active_out_features,
+            in_features=self.read_features(x.size(-1)),
+        )
+
+    def _check(self, x: Tensor) -> None:
         if x.size(-1) > self.in_features:
             raise ValueError(
                 f"x: {self} expects at most {self.in_features} features in the last dimension, "
                 f"got {x.size(-1)} (shape {tuple(x.shape)})"
             )
-        return functional.linear(x, self.weight, self.bias, out_features=self.active_out_features)
 
     def extra_repr(self) -> str:
         active_in = self.in_features_at(self.active_width)
@@ -70,3 +87,75 @@ class SlicedLinear(SlicedOutput, nn.Linear):
             f"{active_in}/{self.in_features}, {self.active_out_features}/{self.out_features}, "
             f"bias={self.bias is not None}"
         )
+
+
+class SlicedQKV(SlicedLinear):
+    """The queries, keys and values of an attention from one weight: three segments, each of which keeps whole heads.
+
+    Parameters are those of torch.nn.Linear(dim, 3 * dim), rows in the order of timm: q, k, v, in each head by head.
+    The result is that of three linear layers, one behind the other.
+
+    dim: channels of the input and, at width 1.0, of all heads together. num_heads: a divisor of it.
+    slice_out: False keeps all heads at every width.
+    cover_input: keep as few heads as cover the active input channels (for an output projection with `slice_in`),
+    instead of num_heads * width, rounded as channels are (`active_channels`).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        bias: bool = True,
+        *,
+        slice_out: bool = True,
+        slice_in: bool = False,
+        cover_input: bool = False,
+        divisor: int = 8,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of dim={dim}, got {num_heads}")
+        super().__init__(
+            dim,
+            3 * dim,
+            bias,
+            slice_out=slice_out,
+            slice_in=slice_in,
+            divisor=divisor,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.cover_input = cover_input
+
+    def heads_at(self, width: float) -> int:
+        """The number of heads at `width`."""
+        if not self.slice_out:
+            return self.num_heads
+        if self.cover_input:
+            return -(-self.in_features_at(width) // self.head_dim)
+        return active_channels(self.num_heads, width, divisor=1)
+
+    def channels_at(self, width: float) -> int:
+        return 3 * self.heads_at(width) * self.head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., C] with C <= dim -> [..., 3 * heads * head_dim]."""
+        if self.active_out_features == self.out_features:
+            return super().forward(x)
+        self._check(x)
+        weights = self.weight.unflatten(0, (3, -1))
+        biases = (None, None, None) if self.bias is None else self.bias.unflatten(0, (3, -1))
+        segments = [
+            functional.linear(
+                x,
+                weight,
+                bias,
+                out_features=self.active_out_features // 3,
+                in_features=self.read_features(x.size(-1)),
+            )
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
+        return torch.cat(segments, -1)

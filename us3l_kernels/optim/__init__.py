@@ -2,6 +2,7 @@
 
 from us3l_kernels.optim.adamw import AdamW
 from us3l_kernels.optim.ema import EMA
+from us3l_kernels.optim.lars import LARS
 from us3l_kernels.optim.sgd import SGD
 
-__all__ = ["EMA", "SGD", "AdamW"]
+__all__ = ["EMA", "LARS", "SGD", "AdamW"]

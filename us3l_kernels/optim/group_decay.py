@@ -1,4 +1,4 @@
-"""Group regularisation as a weight decay per row, and the step that SGD and AdamW share around it.
+"""Group regularisation as a weight decay per row, and the step that the optimizers share around it.
 
 US3L regularises later channels less, which leaves them more freedom: the loss gains sum_g lambda_g ||p_g||^2
 with lambda_g = lambda (1 - alpha g) over equal groups g = 0, 1, ... of output channels (Cao, Sun and Zhou,
@@ -49,7 +49,7 @@ def check_number(options: dict[str, Any], name: str, *, below: float = math.inf)
 
 
 class GroupDecayOptimizer(torch.optim.Optimizer):
-    """Base of SGD and AdamW: options, which parameters take part in a step, gradients, the teacher."""
+    """Base of SGD, AdamW and LARS: options, which parameters take part in a step, gradients, the teacher."""
 
     def _check(self, options: dict[str, Any]) -> None:
         """Raise ValueError for an option out of its range; asked by every step, for options may change."""
