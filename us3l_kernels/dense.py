@@ -20,7 +20,7 @@ from us3l_kernels.convert import SlicedBatchNormAct2d, SlicedLayerNorm2d, exampl
 from us3l_kernels.nn.batch_norm import PrivateBatchNorms2d, SlicedBatchNorm, SlicedBatchNorm1d
 from us3l_kernels.nn.conv import SlicedConv2d
 from us3l_kernels.nn.layer_norm import SlicedLayerNorm
-from us3l_kernels.nn.linear import SlicedLinear
+from us3l_kernels.nn.linear import SlicedLinear, SlicedQKV
 from us3l_kernels.width import Sliced, Width, use_width
 
 
@@ -71,6 +71,14 @@ class BatchNormAct2d(ResidualBatchNorm2d):
 
     def finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
         return self.act(self.drop(super().finish(y, residual)))
+
+
+class PrefixLinear(nn.Linear):
+    """A linear layer that reads the first `in_features` features of what it gets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., C] with C >= in_features -> [..., out_features]."""
+        return super().forward(x[..., : self.in_features])
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -174,8 +182,25 @@ def _(layer: SlicedConv2d, inputs: tuple[Any, ...], output: Tensor) -> nn.Module
 
 @dense_layer.register
 def _(layer: SlicedLinear, inputs: tuple[Any, ...], output: Tensor) -> nn.Module:
-    dense = nn.Linear(inputs[0].shape[-1], output.shape[-1], layer.bias is not None, device="meta")
-    return _fill(dense, layer)
+    return _fill(_linear(layer, inputs, output), layer)
+
+
+@dense_layer.register
+def _(layer: SlicedQKV, inputs: tuple[Any, ...], output: Tensor) -> nn.Module:
+    dense = _linear(layer, inputs, output)
+    for name, parameter in list(dense.named_parameters()):
+        segments = getattr(layer, name).detach().unflatten(0, (3, -1))
+        prefix = segments[:, : len(parameter) // 3]
+        prefix = prefix[..., : dense.in_features] if name == "weight" else prefix
+        setattr(dense, name, nn.Parameter(prefix.flatten(0, 1).clone()))
+    return dense
+
+
+def _linear(layer: SlicedLinear, inputs: tuple[Any, ...], output: Tensor) -> nn.Linear:
+    available = inputs[0].shape[-1]
+    read = layer.read_features(available)
+    kind = nn.Linear if read == available else PrefixLinear
+    return kind(read, output.shape[-1], layer.bias is not None, device="meta")
 
 
 @dense_layer.register

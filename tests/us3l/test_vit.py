@@ -12,9 +12,9 @@ from torch import Tensor
 
 from us3l.models import VisionTransformer, build_model
 from us3l.profile import profile
-from us3l_kernels import gradients
+from us3l_kernels import gradients, standalone
 from us3l_kernels.nn import SlicedQKV
-from us3l_kernels.width import active_channels, set_width, use_width
+from us3l_kernels.width import Sliced, active_channels, set_width, use_width
 
 DIM, DEPTH, HEADS, SIZE, PATCH, CLASSES = 32, 2, 4, 12, 4, 5
 HEAD_DIM = DIM // HEADS
@@ -151,6 +151,16 @@ def test_names_and_shapes_are_timms(name: str, theirs: str) -> None:
         ours, timms = build_model(name), timm.create_model(theirs, num_classes=0)
     shapes = {key: tuple(p.shape) for key, p in ours.named_parameters()}
     assert shapes == {key: tuple(p.shape) for key, p in timms.named_parameters()}
+
+
+@pytest.mark.parametrize("slicing", ["full", "mlp", "input"])
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_a_sub_network_stands_alone(slicing: str, width: float) -> None:
+    model = vit(slicing).eval()
+    plain = standalone(model, width, images())
+    assert not any(isinstance(module, Sliced) for module in plain.modules())
+    with use_width(model, width):
+        torch.testing.assert_close(plain(images()), model(images()), rtol=1e-12, atol=1e-12)
 
 
 def test_profile_counts_what_a_width_uses() -> None:

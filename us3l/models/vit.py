@@ -30,6 +30,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, slicing: str, divisor: int) -> None:
         super().__init__()
+        self.head_dim = dim // heads
         reads_prefix = slicing == "input"
         self.qkv = SlicedQKV(
             dim,
@@ -44,7 +45,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, L, C] -> [N, L, C]."""
         # [N, L, 3 * heads * d] -> three of [N, heads, L, d]
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.qkv.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def macs(self, tokens: int) -> int:
