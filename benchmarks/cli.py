@@ -57,12 +57,15 @@ def step_command(
 ) -> None:
     """A whole training step: all widths, teacher, heads, losses, regulariser, update, EMA."""
     settings = _settings(model, size, stem, widths, dtype, device, threads)
+    names = _several("--rivals", rivals, step.RIVALS)
+    if dtype == "bf16" and "eager_bf16" in names:
+        raise typer.BadParameter("eager_bf16: under --dtype bf16 it is eager; ask for that", param_hint="--rivals")
     with console.status("") as status:
         result = step.measure(
             settings,
             size=size,
             batch=batch,
-            rivals=_several("--rivals", rivals, step.RIVALS),
+            rivals=names,
             policy=_one_of("--step", policy, step.POLICIES),
             rounds=rounds,
             progress=status.update,

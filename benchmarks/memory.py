@@ -39,8 +39,16 @@ def measure(
     for name in ("us3l", *rivals):
         progress(f"{name}: {STEPS} steps in a new process")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            arguments = {"size": size, "batch": batch, "stacked": stacked, "threads": torch.get_num_threads()}
-            readings[name] = pool.submit(side_readings, name, settings, **arguments).result()
+            reading = pool.submit(
+                side_readings,
+                name,
+                settings,
+                size=size,
+                batch=batch,
+                stacked=stacked,
+                threads=torch.get_num_threads(),
+            )
+            readings[name] = reading.result()
     own = readings["us3l"]["peak_mb"] - readings["us3l"]["weight_cache_mb"]
     return report(
         "memory",

@@ -49,7 +49,10 @@ def measure(
         name: full_macs + 3 * (full_macs + middle + least_macs)
         for name, middle in {"random": fmean(macs), "fixed": fixed_macs}.items()
     }
-    schedules = {"random": [(1.0, width, least) for width in drawn], "fixed": [(1.0, fixed, least)] * steps}
+    schedules: dict[str, list[tuple[float, ...]]] = {
+        "random": [(1.0, width, least) for width in drawn],
+        "fixed": [(1.0, fixed, least)] * steps,
+    }
     settings = replace(settings, widths=(1.0, fixed, least))
     progress("comparing results")
     first = replace(settings, widths=schedules["random"][0])

@@ -226,6 +226,7 @@ def test_an_operation_that_is_wrong_is_not_timed(monkeypatch):
         (["--rivals", "fastest"], "expected one of published, eager, compile, standalone, eager_bf16, got 'fastest'"),
         (["--dtype", "fp8"], "expected one of fp32, bf16"),
         (["--step", "twice"], "expected one of joint, per_width"),
+        (["--rivals", "eager_bf16", "--dtype", "bf16"], "under --dtype bf16 it is eager"),
     ],
 )
 def test_command_line_names_the_wrong_option(arguments, message, monkeypatch):
