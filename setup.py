@@ -25,6 +25,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "us3l_kernels"
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
+CXX_FLAGS += os.environ.get("CXXFLAGS", "").split()
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the ABI of torch 2.10
 
 
@@ -120,7 +121,7 @@ def extensions() -> dict[str, object]:
 
     info = {
         "US3L_COMPILER": compiler_version(),
-        "US3L_FLAGS": " ".join([*CXX_FLAGS, *os.environ.get("CXXFLAGS", "").split()]),
+        "US3L_FLAGS": " ".join(CXX_FLAGS),
         "US3L_TORCH": torch.__version__,
         "US3L_CUDA_TOOLKIT": reason,
     }

@@ -33,7 +33,10 @@ int64_t row_stride(const Tensor& t) {
 // t itself if it is such a matrix, else a copy that is (the gradient of a mean is expanded, say).
 Tensor as_rows(const Tensor& t) {
   if (row_stride(t) >= 0) return t;
-  return torch::stable::contiguous(t, t.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (t.dim() == 2) return torch::stable::contiguous(t);
+  if (t.dim() == 4) return torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+  const Tensor columns = torch::stable::flatten(t, 2, -1);  // [N, C, rows of an image]
+  return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(columns, 1, 2)), 1, 2);
 }
 
 template <class T>
