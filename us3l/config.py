@@ -99,6 +99,7 @@ class MethodConfig:
     queue_size: int = _number(65536, least=1)  # past targets that moco_v2 and seed keep
     distillation: str = _one_of("cosine", "infonce", "mse", "kl", "relational", "none")  # none: the base loss again
     aux_head: bool = True  # sub-networks predict through a head of their own
+    feature_weight: float = _number(0.0, least=0)  # of the distillation of intermediate features; 0: none
     options: dict[str, Any] = field(default_factory=dict)  # what a method of your own asks for
 
 
@@ -274,6 +275,11 @@ def validate(config: Config) -> None:
         raise ConfigError("model.stem: expected cifar or imagenet for model.name=mobilenet_v2, got 'small'")
     if config.method.name == "supervised" and config.model.num_classes is None:
         raise ConfigError(f"model.num_classes: data.name={config.data.name} does not say how many classes there are")
+    if config.method.feature_weight > 0 and (config.method.distillation == "none" or config.method.target == "frozen"):
+        raise ConfigError(
+            "method.feature_weight distils from the network itself or its momentum teacher: it needs a "
+            "method.distillation, and method.target=momentum or live"
+        )
     if config.method.target == "frozen" and config.method.teacher is None:
         raise ConfigError("method.target=frozen needs method.teacher, the checkpoint of a trained network")
     if config.sampler.kind in ("dynamic", "sandwich") and config.sampler.n < 2:

@@ -25,24 +25,25 @@ def group_alpha(epoch: int, epochs: int, warmup_epochs: int, alpha: float) -> fl
 
 
 def parameter_groups(method: Method) -> list[dict[str, Any]]:
-    """Groups for the optimizer: "encoder" (with its projector) and, where there are any, "predictor" heads."""
-    trained = method.student_parameters()
-    encoder = set(method.encoder_q.parameters())
-    groups = [{"name": "encoder", "params": [p for p in trained if p in encoder]}]
-    if predictors := [p for p in trained if p not in encoder]:
-        groups.append({"name": "predictor", "params": predictors})
-    return groups
+    """Groups for the optimizer: "encoder" (with its projector) and, where there are any, "predictor" heads and
+    "projection", those of a feature distillation."""
+    names = dict.fromkeys(method.student_parameters(), "predictor")
+    for name, part in (("encoder", method.encoder_q), ("projection", method.feature_distillation)):
+        names |= {p: name for p in part.parameters() if p in names} if part is not None else {}
+    groups = {name: [p for p in names if names[p] == name] for name in ("encoder", "predictor", "projection")}
+    return [{"name": name, "params": params} for name, params in groups.items() if params]
 
 
 def set_group_regularisation(optimizer: Optimizer, *, weight_decay: float, alpha: float, predictors: bool) -> None:
     """Set the decay of the next step. `optimizer` was made from `parameter_groups`; weight_decay is 2 lambda.
 
     The regulariser is a term of the loss: it reaches a parameter that the network's own loss does not
-    (`decay_without_grad`). The published code leaves the prediction heads out of it in the steps of width
-    1.0, `predictors=False`. A joint step, which has no counterpart there, regularises everything once.
+    (`decay_without_grad`). The published code leaves the projections of a feature distillation out of it, and the
+    prediction heads in the steps of width 1.0, `predictors=False`. A joint step, which has no counterpart there,
+    regularises them once.
     """
     for group in optimizer.param_groups:
-        regularised = predictors or group["name"] != "predictor"
+        regularised = group["name"] == "encoder" or (predictors and group["name"] == "predictor")
         group["weight_decay"] = weight_decay if regularised else 0.0
         group["alpha"] = alpha
         group["decay_without_grad"] = regularised

@@ -96,6 +96,11 @@ def test_ill_typed_value_names_key_type_and_value(override: str, parts: tuple[st
         (["regulariser.alpha=0.2"], ("regulariser.alpha", "1 / (groups - 1) = 0.1429")),
         (["train.epochs=10", "regulariser.warmup_epochs=5"], ("regulariser.warmup_epochs", "< 5")),
         (["train.epochs=10", "optimizer.warmup_epochs=10"], ("optimizer.warmup_epochs", "10")),
+        (["method.target=frozen"], ("method.teacher", "checkpoint")),
+        (["method.feature_weight=1", "method.distillation=none"], ("method.feature_weight", "method.distillation")),
+        (["method.name=supervised", "data.name=image_folder"], ("model.num_classes", "image_folder")),
+        (["model.name=vit_mini"], ("model.patch_size", "a divisor of model.image_size=14", "16")),
+        (["model.name=vit_mini", "model.norm=switchable", "sampler.kind=fixed"], ("model.norm=switchable", "vit_mini")),
         (["train.epochs"], ("KEY=VALUE", "'train.epochs'")),
     ],
 )

@@ -343,6 +343,75 @@ def test_supervised_iteration(norm: str, distillation: str) -> None:
     assert [group["name"] for group in parameter_groups(method)] == ["encoder"]
 
 
+# Feature distillation
+
+
+def _features(module: nn.Module, images: Tensor, width: float, views_apart: bool = True) -> list[Tensor]:
+    """Outputs of the stages, from two forwards for two views."""
+    parts = []
+    for view in images.chunk(2) if views_apart else [images]:
+        with use_width(module, width):
+            x, outputs = module.maxpool(module.bn1(module.conv1(view))), []
+            for stage in module.stages:
+                x = module.get_submodule(stage)(x)
+                outputs.append(x)
+        parts.append(outputs)
+    return [torch.cat(stage) for stage in zip(*parts, strict=True)]
+
+
+def _feature_loss(method: Method, features: list[Tensor], targets: list[Tensor]) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for projection, x, t in zip(method.feature_distillation.projections, features, targets, strict=True):
+        y = nn.functional.conv2d(x, projection.weight[:, : x.shape[1]])
+        total = total + (y - t.detach()).square().mean()
+    return total / len(features)
+
+
+@pytest.mark.parametrize("target", ["momentum", "live"])
+def test_feature_distillation(target: str) -> None:
+    options = {"target": target, "distillation": "cosine", "widths": [1.0, 0.5]}
+    method, images = _method("byol", feature_weight=0.3, **options), _images()
+    plain = _method("byol", **options)
+    plain.load_state_dict({k: v for k, v in method.state_dict().items() if "feature" not in k})
+    teacher = _features(method.encoder_k or method.encoder_q, images, 1.0)
+    student = _features(method.encoder_q, images, 0.5)
+    targets, expected = method.targets(images, width=1.0), plain.targets(images, width=1.0)
+    losses = []
+    for i, width in enumerate((1.0, 0.5)):
+        output = method(images, width=width, full=i == 0, targets=targets)
+        other = plain(images, width=width, full=i == 0, targets=expected)
+        targets, expected = output.targets, other.targets
+        losses.append((output.loss, other.loss))
+    _assert_same(*losses[0])
+    _assert_same(losses[1][0], losses[1][1] + 0.3 * _feature_loss(method, student, teacher))
+    losses[1][0].backward()
+    assert all(p.grad is not None for p in method.feature_distillation.parameters())
+    groups = {group["name"]: group for group in parameter_groups(method)}
+    assert set(groups["projection"]["params"]) == set(method.feature_distillation.parameters())
+    optimizer = SGD(groups.values(), lr=1.0)
+    set_group_regularisation(optimizer, weight_decay=0.1, alpha=0.0, predictors=True)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+
+
+def test_feature_distillation_with_labels() -> None:
+    method = _method(
+        "supervised", target="live", distillation="kl", aux_head=False, feature_weight=2.0, widths=[1.0, 0.5]
+    )
+    images = _images(4)
+    _, full, targets = method(images, width=1.0, full=True, targets=LABELS)
+    loss, narrow, _ = method(images, width=0.5, full=False, targets=targets)
+    features = [_features(method.encoder_q, images, width, views_apart=False) for width in (0.5, 1.0)]
+    _assert_same(loss, kl_divergence(narrow, full, (0.5, 0.5)) + 2.0 * _feature_loss(method, *features))
+
+
+def test_without_feature_distillation_no_features_are_kept() -> None:
+    method, images = _method("byol", **US3L), _images()
+    method(images, width=0.5, full=False, targets=method.targets(images, width=1.0))
+    assert method._feature_targets == [] and method.feature_distillation is None
+    with pytest.raises(ConfigError, match="method.feature_weight: expected 0 for VisionTransformer"):
+        _method("moco_v3", model="vit_mini", feature_weight=1.0, **US3L)
+
+
 @pytest.mark.parametrize(
     ("name", "switches"),
     [

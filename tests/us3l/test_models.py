@@ -61,6 +61,7 @@ def _randomise(model: nn.Module) -> None:
         ("resnet34", "imagenet", 0.3),
         ("resnet50", "imagenet", 0.6),
         ("resnet50", "cifar", 0.8),
+        ("resnet101", "cifar", 0.3),
     ],
 )
 def test_resnet_is_torchvisions(name: str, stem: str, width: float) -> None:
@@ -164,6 +165,25 @@ def test_every_residual_sum_is_declared(name: str) -> None:
             set_width(model, {members[-1]: 0.5})
         with use_width(model, dict.fromkeys(members, 0.5)):
             model.train()(_images(32).float())
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "expected"),
+    [
+        ("resnet18", "imagenet", [(64, 16), (128, 8), (256, 4), (512, 2)]),
+        ("resnet101", "imagenet", [(256, 16), (512, 8), (1024, 4), (2048, 2)]),
+        ("mobilenet_v2", "imagenet", [(16, 32), (24, 16), (32, 8), (96, 4), (320, 2)]),
+        ("mobilenet_v2", "cifar", [(24, 64), (32, 32), (96, 16), (320, 8)]),
+    ],
+)
+def test_stages_are_the_last_features_of_each_resolution(name: str, stem: str, expected: list[tuple[int, int]]) -> None:
+    with torch.device("meta"):
+        model = build_model(name, stem=stem)
+    found = []
+    for stage in model.stages:
+        model.get_submodule(stage).register_forward_hook(lambda m, i, output: found.append(tuple(output.shape[1:3])))
+    model(torch.empty(2, 3, 64, 64, device="meta"))
+    assert found == expected and list(model.stages.values()) == [channels for channels, _ in expected]
 
 
 def test_resnet_tiny_and_the_small_stem() -> None:

@@ -13,6 +13,7 @@ Two switches of the configuration make every row of the paper's tables out of on
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from us3l.errors import ConfigError
 from us3l.losses import CRITERIA, RELATIVE, Criterion, criterion, cross_view
+from us3l.methods.features import FeatureDistillation, recorded
 from us3l.methods.heads import MLP, prediction_head
 from us3l_kernels.optim import EMA
 from us3l_kernels.width import Width, set_width, views
@@ -119,6 +121,8 @@ class Method(nn.Module):
         self.encoder_k = None
         if config.target == "momentum":
             self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        self.feature_distillation = FeatureDistillation(encoder) if config.feature_weight > 0 else None
+        self._feature_targets: list[Tensor] = []  # of the iteration under way
 
     @property
     def projector(self) -> MLP:
@@ -171,8 +175,9 @@ class Method(nn.Module):
             return None
         if self.encoder_k is not None:
             set_width(self.encoder_k, self.largest_width if self.distils else width)
-        with views(2):
-            targets = (self.encoder_k or self.frozen_teacher)(images)
+        teacher = self.encoder_k or self.frozen_teacher
+        with views(2), self.recorded(teacher) as self._feature_targets:
+            targets = teacher(images)
         if targets.shape[1] != self.config.dim:
             raise ConfigError(
                 f"method.dim: expected {targets.shape[1]}, as the projections of {self.config.teacher} have, "
@@ -192,7 +197,7 @@ class Method(nn.Module):
         """
         distilled = self.distils and not full
         set_width(self.encoder_q, width)
-        with views(2):
+        with views(2), self.recorded(self.encoder_q) as features:
             projection = self.projector.before_norm(self.encoder_q.forward_features(images))
             z = self.projector.norm(projection)
             head = self.aux_predictor if distilled and self.aux_predictor is not None else self.predictor
@@ -209,7 +214,25 @@ class Method(nn.Module):
                 "the first width returned for its sub-networks, got None"
             )
         loss = self.compare(self.distillation_loss if distilled else self.base_loss, prediction, targets)
+        loss = self.add_feature_loss(loss, features, distilled)
         return StepOutput(loss, projection.detach(), targets.detach() if shared else None)
+
+    def recorded(self, encoder: Backbone) -> AbstractContextManager[list[Tensor]]:
+        """The features of the forward inside the context, if they are distilled; else nothing is kept."""
+        return nullcontext([]) if self.feature_distillation is None else recorded(encoder)
+
+    def add_feature_loss(self, loss: Tensor, features: list[Tensor], distilled: bool) -> Tensor:
+        """`loss`, with that of the features of this forward if they are a sub-network's and are distilled.
+
+        Their targets are the teacher's features, or those of the live full network.
+        """
+        if self.feature_distillation is None:
+            return loss
+        if not distilled:
+            if self.encoder_k is None:
+                self._feature_targets = [feature.detach() for feature in features]
+            return loss
+        return loss + self.config.feature_weight * self.feature_distillation(features, self._feature_targets)
 
     def live_targets(self, z: Tensor) -> Tensor:
         """Targets [2N, D] of the base loss when there is no teacher: the network's own projections, as constants."""

@@ -41,7 +41,9 @@ class Supervised(Method):
         if targets is None:
             raise ValueError("targets: expected the labels of the images, got None")
         set_width(self.encoder_q, width)
-        logits = self.encoder_q(images)
+        with self.recorded(self.encoder_q) as features:
+            logits = self.encoder_q(images)
         distilled = self.distils and not full
         loss = self.distillation_loss(logits, targets) if distilled else self.base_loss(logits, targets)
+        loss = self.add_feature_loss(loss, features, distilled)
         return StepOutput(loss, logits.detach(), logits.detach() if self.distils and full else targets)

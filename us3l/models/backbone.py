@@ -11,11 +11,14 @@ class Backbone(nn.Module):
     Attributes:
         feature_dim: channels of the pooled features at width 1.0.
         fc: the head: a classifier, a projector, or the identity.
+        stages: the modules whose outputs [N, C_active, H, W] are the features of each resolution, and their channels
+            at width 1.0; empty for a vision transformer, which has one resolution and no maps.
         residual_sums: the layers whose outputs meet in a sum, which a width plan must keep equal.
     """
 
     feature_dim: int
     fc: nn.Module
+    stages: dict[str, int]
     residual_sums: list[list[str]]
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ class MobileNetV2(Backbone):
             nn.Sequential(layers.conv(in_channels, STEM_CHANNELS, 3, stem_stride), layers.norm(STEM_CHANNELS, "relu6"))
         )
         self.residual_sums = []
+        self.stages = {}
         channels = STEM_CHANNELS
         for ratio, out_channels, depth, stage_stride in STAGES:
             summed = []
@@ -88,12 +89,15 @@ class MobileNetV2(Backbone):
                 stride = stage_stride if j == 0 else 1
                 if stem == "cifar" and out_channels == 24:
                     stride = 1
+                if stride == 2:
+                    self.stages[f"features.{len(self.features) - 1}"] = channels
                 block = InvertedResidual(channels, out_channels, stride, ratio, layers)
                 summed.append(f"features.{len(self.features)}.{block.last_conv}")
                 self.features.append(block)
                 channels = out_channels
             if depth > 1:
                 self.residual_sums.append(summed)
+        self.stages[f"features.{len(self.features) - 1}"] = channels
         # This norm has 1280 channels at every width: never a switchable one, whose width-w member has fewer.
         self.features.append(
             nn.Sequential(

@@ -96,7 +96,7 @@ class ResNet(Backbone):
         self.bn1 = layers.norm(base_channels, "relu")
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
 
-        self.stages: list[str] = []
+        self.stages = {}
         sums = [["conv1"]]
         width_in = base_channels
         for i, depth in enumerate(blocks):
@@ -109,7 +109,7 @@ class ResNet(Backbone):
                     sums.append([f"{name}.{j}.downsample.0"])
                 sums[-1].append(f"{name}.{j}.{block.last_conv}")
             self.add_module(name, stage)
-            self.stages.append(name)
+            self.stages[name] = width_in
         self.residual_sums = [members for members in sums if len(members) > 1]
 
         self.feature_dim = width_in

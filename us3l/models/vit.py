@@ -131,6 +131,7 @@ class VisionTransformer(Backbone):
         self.residual_sums = [
             ["patch_embed.proj", *(f"blocks.{i}.{last}" for i in range(depth) for last in ("attn.proj", "mlp.fc2"))]
         ]
+        self.stages = {}
         self.feature_dim = dim
         self.fc = nn.Identity()
         if num_classes is not None:
