@@ -60,10 +60,10 @@ EXACT = {"joint": 1e-9, "per_width": 1e-6}
 CHECK_WEIGHT_DECAY = 0.1  # large: makes the regulariser a visible part of the update
 # In the dtype that is timed a step differs from the same step in a wider dtype by its rounding and by the activations
 # that this flips, the more the deeper the network and the smaller the batch. So plain PyTorch's own error in that step
-# is the measure: us3l and compiled PyTorch may have a small multiple of it (Winograd's F(4x4, 3x3) rounds several times
-# as much as direct convolution), or an error that is small anyway.
+# is the measure: us3l and compiled PyTorch may have a small multiple of it (which activations flip is chance: compiled
+# PyTorch has been seen at 1.8 times eager's), or an error that is small anyway.
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
-MULTIPLE = 2.0
+MULTIPLE = 3.0
 SMALL = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
