@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import signal
 import sys
 import warnings
@@ -220,6 +221,37 @@ def export(
     )
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A checkpoint of the authors' code, or weights of torchvision or timm.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    overrides: Overrides = None,
+    config: Annotated[str | None, typer.Option(help="A YAML file, or the name of a recipe, of this network.")] = None,
+) -> None:
+    """Make a checkpoint of weights from elsewhere, to evaluate, calibrate, export, search, or train from.
+
+    The configuration has to describe the network of the file, e.g. model.name=resnet50 model.stem=imagenet.
+    """
+    from us3l import config as configs
+    from us3l.imports import import_checkpoint
+
+    loaded = configs.load(config, overrides or ())
+    imported = import_checkpoint(loaded, file, out)
+    console.print(f"Wrote {out}: {len(imported.matched)} tensors of {file}", soft_wrap=True)
+    heads = sorted({name.partition(".")[0] for name in imported.initial if not name.startswith("encoder_")})
+    notes = {
+        "the teacher is a copy of the student": bool(imported.copied),
+        "statistics of width 1.0: the running ones of the file": imported.statistics,
+        f"as in a new run: {', '.join(['projector'] * any('.fc.' in name for name in imported.initial) + heads)}": bool(
+            imported.initial
+        ),
+        f"in the file and not used: {', '.join(imported.unused)}": bool(imported.unused),
+    }
+    for note, holds in notes.items():
+        if holds:
+            console.print(f"  {escape(note)}", soft_wrap=True, highlight=False)
+
+
 @app.command()
 def profile(
     model: Annotated[str, typer.Argument(help="E.g. resnet18, resnet50, mobilenet_v2.")],
@@ -251,6 +283,68 @@ def profile(
     if json is not None:
         values = [{"width": row.width, "params": row.params, "macs": row.macs} for row in rows]
         report.write_json(json, {"model": model, "input": size, "stem": stem, "classes": classes, "rows": values})
+
+
+@app.command()
+def search(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    max_macs: Annotated[str | None, typer.Option(help="Multiply-adds per image, e.g. 300M.")] = None,
+    max_params: Annotated[str | None, typer.Option(help="Parameters, with a linear classifier, e.g. 2.5M.")] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds of one image on train.device, measured.", min=0)
+    ] = None,
+    evaluations: Annotated[int, typer.Option(min=1, help="Sub-networks to evaluate.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the evolution.")] = 0,
+    results: Annotated[
+        Path | None, typer.Option(help="JSON lines, read and added to; default: search.jsonl beside CKPT.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the Pareto front into this PNG.")] = None,
+) -> None:
+    """Find the widths of the best sub-network under a budget, also one for each stage, by kNN.
+
+    What was evaluated once is not evaluated again: a search that was interrupted goes on.
+    """
+    from us3l import config as configs
+    from us3l import report
+    from us3l.evaluation import evaluate as evaluate_widths
+    from us3l.search import Budget, Search, pareto_front
+
+    budget = Budget(_quantity("--max-macs", max_macs), _quantity("--max-params", max_params), max_latency_ms)
+    checkpoint = _newest(checkpoint)
+    config, method, data = _open(checkpoint, overrides, [])
+    switchable = config.model.norm == "switchable"
+    finder = Search(
+        method.encoder_q,
+        data,
+        checkpoint.parent / "search.jsonl" if results is None else results,
+        min_width=config.sampler.min_width,
+        widths=config.sampler.widths if switchable else None,
+        subject={"data": {k: v for k, v in configs.to_dict(config)["data"].items() if f"data.{k}" not in _SAME_IMAGES}},
+    )
+    with console.status("") as status:
+        rows = finder.run(
+            budget,
+            evaluations=evaluations,
+            seed=seed,
+            on_row=lambda n, row: status.update(f"{n}/{evaluations}: {row['accuracy']:.2f} % {row['width']}"),
+        )
+    cost = next(iter(budget.bounds))
+    front = pareto_front(rows, cost)
+    console.print(report.evaluation_table(front[::-1], title="Pareto front, kNN of held-out training images"))
+    # Several sub-networks competed for the best reading: the test images, which took no part, judge anew.
+    uniform = next((row for row in rows if set(row["plan"]) == {""}), None)
+    finalists = [rows[0]] + ([uniform] if uniform not in (None, rows[0]) else [])
+    widths = [row["plan"][""] if set(row["plan"]) == {""} else row["plan"] for row in finalists]
+    tested = evaluate_widths(method.encoder_q, data, widths, "knn")
+    console.print(report.evaluation_table(tested, title="The best, and the best of one width; kNN of the test images"))
+    command = f"us3l export {checkpoint} --width {_width_text(widths[0])}"
+    console.print(f"{len(rows)} sub-networks evaluated. Next: {command}", soft_wrap=True)
+    if plot is not None:
+        uniforms = [row for row in rows if set(row["plan"]) == {""}]
+        series = {"Pareto front": front, "one width": pareto_front(uniforms, cost)}
+        report.plot_accuracy(series, plot, x=cost, dots=rows, y="kNN accuracy, held-out (%)")
+        console.print(f"Plotted to {plot}")
 
 
 @app.command()
@@ -427,6 +521,27 @@ def _parse_width(text: str) -> Width:
     except ValueError as error:
         raise ConfigError(f"--width: {error}") from None
     return width
+
+
+def _width_text(width: Width) -> str:
+    """What :func:`_parse_width` reads."""
+    if isinstance(width, int | float):
+        return f"{width:g}"
+    return ",".join([f"{width['']:g}", *(f"{name}={value:g}" for name, value in width.items() if name)])
+
+
+def _quantity(option: str, text: str | None) -> float | None:
+    """"300M" is 3e8; also k and G, or a plain number."""
+    if text is None:
+        return None
+    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1.0)
+    try:
+        number = float(text[:-1] if scale > 1 else text) * scale
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ConfigError(f"{option}: expected a positive number such as 300M, 2.5M or 900k, got {text!r}")
+    return number
 
 
 # Keys of the data that do not change what a network sees in calibration.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]  # one sub-network: width, accuracy (%), macs, params, ... (us3l.evaluation.evaluate)
 
-_AXES = {"macs": "multiply-adds per image", "params": "parameters"}
+_AXES = {"macs": "multiply-adds per image", "params": "parameters", "latency_ms": "milliseconds per image"}
 # Okabe & Ito's palette: distinguishable with every common form of colour blindness.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _MARKERS = "osD^vP*X"
@@ -85,13 +85,21 @@ def tuning_table(measurements: Sequence[Measurement]) -> Table:
     return table
 
 
-def plot_accuracy(series: Mapping[str, Sequence[Row]], path: str | Path, *, x: str = "macs", title: str = "") -> Path:
+def plot_accuracy(
+    series: Mapping[str, Sequence[Row]],
+    path: str | Path,
+    *,
+    x: str = "macs",
+    title: str = "",
+    dots: Sequence[Row] = (),
+    y: str = "test accuracy (%)",
+) -> Path:
     """Write a PNG of accuracy against `x`, one line per entry of `series` (name -> rows); return its path.
 
-    Rows that carry a `deviation` (of the accuracy, over seeds) get error bars.
+    Rows that carry a `deviation` (of the accuracy, over seeds) get error bars. `dots` are rows without a line.
 
     Raises:
-        ValueError: `series` is empty, or `x` is not "macs" or "params".
+        ValueError: `series` is empty, or `x` is not a cost ("macs", "params", "latency_ms").
     """
     if x not in _AXES:
         raise ValueError(f"x: expected one of {', '.join(_AXES)}, got {x!r}")
@@ -99,12 +107,20 @@ def plot_accuracy(series: Mapping[str, Sequence[Row]], path: str | Path, *, x: s
         raise ValueError("series: expected at least one row to plot, got none")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import LogFormatter, NullFormatter
+
+    class Quantities(LogFormatter):
+        """Numbers as people write them, at as many ticks as there is room for."""
+
+        def __call__(self, value: float, position: int | None = None) -> str:
+            return quantity(value) if super().__call__(value, position) else ""
 
     # No pyplot: neither a display nor global state is needed, or touched.
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    if dots:
+        axes.scatter([row[x] for row in dots], [row["accuracy"] for row in dots], s=9, color="0.75", linewidths=0)
     ticks: dict[float, str] = {}
     for index, (name, rows) in enumerate(series.items()):
         if not rows:
@@ -125,15 +141,16 @@ def plot_accuracy(series: Mapping[str, Sequence[Row]], path: str | Path, *, x: s
         )
         ticks.update((row[x], f"{quantity(row[x])}\n{row['width']}") for row in points)
     axes.set_xscale("log")
-    if len(ticks) <= 8:  # the usual four widths: say which they are
+    if len(ticks) <= 8 and not dots:  # the usual four widths: say which they are
         axes.set_xticks(sorted(ticks), [ticks[value] for value in sorted(ticks)])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="x", which="minor", bottom=False)
         axes.set_xlabel(f"{_AXES[x]} (below: width)")
     else:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value)))
+        axes.xaxis.set_major_formatter(Quantities())
+        axes.xaxis.set_minor_formatter(Quantities())
         axes.set_xlabel(_AXES[x])
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel(y)
     if title:
         axes.set_title(title, loc="left", fontsize=11)
     axes.grid(alpha=0.25, linewidth=0.6)

@@ -89,7 +89,7 @@ def test_plot_has_one_labelled_series_per_network(tmp_path: Path, monkeypatch: p
 
 
 def test_plot_names_bad_arguments(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="x: expected one of macs, params, got 'seconds'"):
+    with pytest.raises(ValueError, match="x: expected one of macs, params, latency_ms, got 'seconds'"):
         plot_accuracy({"US3L": ROWS}, tmp_path / "plot.png", x="seconds")
     with pytest.raises(ValueError, match="series"):
         plot_accuracy({"US3L": []}, tmp_path / "plot.png")
