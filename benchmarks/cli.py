@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import harness, memory, ops, roofline, scaling, step, tables
+from benchmarks import harness, inference, memory, ops, roofline, scaling, step, tables
 from benchmarks import widths as random_widths
 from benchmarks.rivals import MODELS, Settings
 from benchmarks.roofline import Machine
@@ -236,6 +236,38 @@ def scaling_command(
     _write(json, result)
     if plot is not None:
         scaling.plot(result, plot)
+
+
+@app.command("inference")
+def inference_command(
+    model: Model = "resnet18",
+    size: Input = 32,
+    stem: Stem = "auto",
+    batches: Annotated[str, typer.Option(help="Images of a forward pass.")] = "1,32",
+    widths: Widths = "1.0,0.75,0.5,0.25",
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds; every side runs once in each.")] = 20,
+    threads: Threads = 2,
+    device: Device = "cpu",
+    json: Json = None,
+) -> None:
+    """A forward pass in evaluation at every width: the sliced network, the exported one, and with its norms folded."""
+    settings = _settings(model, size, stem, widths, "fp32", device, threads)
+    with console.status("") as status:
+        result = inference.measure(
+            settings,
+            size=size,
+            batches=_numbers("--batches", batches, int),
+            rounds=rounds,
+            progress=status.update,
+        )
+    columns = [text for side in inference.SIDES for text in (f"{side} ms", "faster by")]
+    table = Table("batch", "width", "MMACs", *columns, title=f"{model}, {size} px; faster than the same at full width")
+    for row in result["rows"]:
+        readings = [(f"{row['median_ms'][side]:.2f}", f"{row['faster'][side]:.2f}x") for side in inference.SIDES]
+        cells = [text for pair in readings for text in pair]
+        table.add_row(f"{row['batch']}", f"{row['width']:g}", f"{row['macs'] / 1e6:.0f}", *cells)
+    output.print(table)
+    _write(json, result)
 
 
 @app.command("roofline")

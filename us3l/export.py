@@ -100,7 +100,7 @@ def export(
     images = torch.randn(_IMAGES, *image_shape, generator=torch.Generator().manual_seed(0))
     plain = plain_graph(standalone(network, width, images.double()))
     if fold:
-        plain = _folded(plain)
+        plain = folded(plain)
     with torch.no_grad():
         with use_width(network, width):
             exact = network(images.double())
@@ -164,12 +164,13 @@ class _PlainTracer(fx.Tracer):
         return steps(*args, **kwargs)
 
 
-def _folded(plain: fx.GraphModule) -> fx.GraphModule:
-    folded = fuse(plain, no_trace=True)
-    assert isinstance(folded, fx.GraphModule)
-    folded.delete_all_unused_submodules()
-    folded.recompile()
-    return folded.eval()
+def folded(plain: fx.GraphModule) -> fx.GraphModule:
+    """A copy of :func:`plain_graph`'s result with the batch norms inside the convolutions before them."""
+    fused = fuse(plain, no_trace=True)
+    assert isinstance(fused, fx.GraphModule)
+    fused.delete_all_unused_submodules()
+    fused.recompile()
+    return fused.eval()
 
 
 def _require_equal(what: str, given: Tensor, expected: Tensor, tolerance: float) -> float:

@@ -52,12 +52,14 @@ def quantity(number: float) -> str:
 
 
 def evaluation_table(rows: Sequence[Row], *, title: str) -> Table:
-    """One line per sub-network, widest first."""
+    """One line per sub-network, widest first, with its latency if it was measured."""
     table = Table(title=title, title_justify="left")
-    for name in ("width", "accuracy %", "MACs", "params"):
+    timed = ("latency ms",) if any("latency_ms" in row for row in rows) else ()
+    for name in ("width", "accuracy %", "MACs", "params", *timed):
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(str(row["width"]), f"{row['accuracy']:.2f}", quantity(row["macs"]), quantity(row["params"]))
+        cells = [str(row["width"]), f"{row['accuracy']:.2f}", quantity(row["macs"]), quantity(row["params"])]
+        table.add_row(*cells, *(f"{row['latency_ms']:.3g}" for _ in timed))
     return table
 
 
@@ -113,7 +115,9 @@ def plot_accuracy(
         """Numbers as people write them, at as many ticks as there is room for."""
 
         def __call__(self, value: float, position: int | None = None) -> str:
-            return quantity(value) if super().__call__(value, position) else ""
+            if not super().__call__(value, position):
+                return ""
+            return quantity(value) if value >= 1000 else f"{value:g}"
 
     # No pyplot: neither a display nor global state is needed, or touched.
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
