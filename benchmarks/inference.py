@@ -84,7 +84,7 @@ def _sides(model: nn.Module, width: float, images: Tensor) -> dict[str, Callable
     return {
         "sliced": sliced,
         "standalone": dense,
-        "folded": folded(plain_graph(dense)).to(memory_format=torch.channels_last),
+        "folded": folded(plain_graph(dense, images)).to(memory_format=torch.channels_last),
     }
 
 

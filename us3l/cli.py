@@ -190,6 +190,7 @@ def export(
     from us3l import export as exports
     from us3l.data import image_size
     from us3l.evaluation import calibrate as calibrate_width
+    from us3l.evaluation.calibration import has_statistics
     from us3l.report import quantity
     from us3l_kernels.nn.calibration import statistics
     from us3l_kernels.width import width_key
@@ -200,11 +201,12 @@ def export(
     size = image_size(config.data)
     name = f"{config.model.name}_{width}{exports.SUFFIXES[format.value]}"
     try:
-        if width_key(wanted) not in statistics(method.encoder_q):
+        encoder = method.encoder_q
+        if has_statistics(encoder) and width_key(wanted) not in statistics(encoder):
             with console.status(f"calibrating width {width}"):
-                calibrate_width(method.encoder_q, _data(checkpoint, config).train_eval, wanted)
+                calibrate_width(encoder, _data(checkpoint, config).train_eval, wanted)
         written = exports.export(
-            method.encoder_q,
+            encoder,
             wanted,
             checkpoint.parent / "export" / name if out is None else out,
             image_shape=(config.model.in_channels or 0, size, size),

@@ -29,7 +29,7 @@ from us3l.errors import US3LError
 from us3l.models import Backbone
 from us3l.profile import profile
 from us3l_kernels import standalone, use_width
-from us3l_kernels.dense import ResidualBatchNorm
+from us3l_kernels.dense import PrefixLinear, ResidualBatchNorm
 from us3l_kernels.version import __version__
 from us3l_kernels.width import Width, width_key
 
@@ -98,7 +98,7 @@ def export(
     if not isinstance(network.fc, nn.Linear):
         network.fc = nn.Identity()
     images = torch.randn(_IMAGES, *image_shape, generator=torch.Generator().manual_seed(0))
-    plain = plain_graph(standalone(network, width, images.double()))
+    plain = plain_graph(standalone(network, width, images.double()), images)
     if fold:
         plain = folded(plain)
     with torch.no_grad():
@@ -129,39 +129,58 @@ def export(
     return Exported(path, cost.params, cost.macs, expected.shape[1], error)
 
 
-def plain_graph(network: nn.Module) -> fx.GraphModule:
+def plain_graph(network: nn.Module, images: Tensor) -> fx.GraphModule:
     """`network` (of `us3l_kernels.standalone`) as a graph of torch.nn layers and torch functions alone.
 
-    The names of the parameters stay. Raises ExportError if the forward cannot be traced symbolically.
+    The names of the parameters stay. Decisions on the shape of the input are those for `images` [N, C, H, W]. Raises
+    ExportError if the forward cannot be traced symbolically.
     """
-    tracer = _PlainTracer()
+    tracer = _PlainTracer(images.shape)
     try:
         graph = tracer.trace(network)
     except Exception as error:  # the forward is anybody's code
         raise ExportError(f"{type(network).__name__} cannot be traced by torch.fx: {error}") from error
     plain = fx.GraphModule(tracer.root, graph, type(network).__name__)
     for name, module in list(plain.named_modules()):
-        if isinstance(module, ResidualBatchNorm):
-            plain.set_submodule(name, module.norm())
+        if isinstance(module, ResidualBatchNorm | PrefixLinear):
+            plain.set_submodule(name, module.plain())
     return plain.eval()
 
 
 class _PlainTracer(fx.Tracer):
-    """Leaves are torch.nn's layers; identities go, a batch norm with residual and activation becomes three steps."""
+    """Leaves are torch.nn's layers; identities go, and what is joined to a layer becomes a step of its own."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        def layer(x: Any) -> Any:
+            return self.create_proxy("call_module", self.path_of_module(m), (x,), {})
+
         if type(m) is nn.Identity:
             return args[0]
-        if not isinstance(m, ResidualBatchNorm):
-            return super().call_module(m, forward, args, kwargs)
+        if isinstance(m, PrefixLinear):
+            return layer(args[0][..., : m.in_features])
+        if isinstance(m, ResidualBatchNorm):
+            x, residual = (*args, *kwargs.values(), None)[:2]
+            return m.finish(layer(x), residual)
+        return super().call_module(m, forward, args, kwargs)
 
-        def steps(x: Any, residual: Any = None) -> Any:
-            y: Any = self.create_proxy("call_module", self.path_of_module(m), (x,), {})
-            return m.finish(y, residual)
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The outcome of a condition, which only the shape of the input may decide."""
+        return bool(self._value(obj.node))
 
-        return steps(*args, **kwargs)
+    def _value(self, node: fx.Node) -> Any:
+        if node.op == "call_function" and node.target is getattr and node.args[1] == "shape":
+            (source,) = node.all_input_nodes
+            if source.op == "placeholder":
+                return self.shape
+        if node.op != "call_function" or getattr(node.target, "__module__", "") != "_operator":
+            raise fx.proxy.TraceError(f"a condition depends on {node}, which is not the shape of the input")
+        return node.target(*fx.node.map_arg(node.args, self._value))  # type: ignore[operator]
 
 
 def folded(plain: fx.GraphModule) -> fx.GraphModule:

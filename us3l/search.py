@@ -28,6 +28,7 @@ from torch import nn
 
 from us3l.errors import CheckpointError, ConfigError
 from us3l.evaluation import calibrate, features, knn_accuracy
+from us3l.evaluation.calibration import has_statistics
 from us3l.evaluation.protocol import NEIGHBOURS
 from us3l.profile import profile
 from us3l_kernels import standalone, use_width
@@ -244,9 +245,11 @@ class Search:
         row = self.results.rows.get(key, {})
         if "accuracy" in row:
             return row
-        calibrate(self.model, self.data.train_eval, width)
+        if has_statistics(self.model):
+            calibrate(self.model, self.data.train_eval, width)
         x, labels = features(self.model, self.data.train_eval, width)
-        load_statistics(self.model, {})
+        if has_statistics(self.model):
+            load_statistics(self.model, {})
         query = torch.arange(len(labels)) % HELD_OUT == 0
         accuracy = knn_accuracy(
             x[~query],
@@ -276,13 +279,15 @@ def width_groups(model: Backbone) -> list[list[str]]:
     Parts are blocks, and convolutions outside of blocks; those whose outputs are added go together.
     """
     parts: dict[str, set[str]] = {}
+    sliced = set()
     for name, layer in model.named_modules():
         in_head = name == "fc" or name.startswith("fc.")
         if isinstance(layer, SlicedOutput) and not in_head and layer.channels_at(1e-9) < layer.channels_at(1.0):
+            sliced.add(name)
             part = _part(model, name)
             parts[part] = {part}
     for names in model.residual_sums:
-        together = set().union(*(parts[_part(model, name)] for name in names))
+        together = set().union(*(parts[_part(model, name)] for name in names if name in sliced))
         parts.update(dict.fromkeys(together, together))  # one set object for all of them
     groups = list({id(group): group for group in parts.values()}.values())
     return [_short_names(group, parts) for group in groups]
@@ -328,8 +333,9 @@ def latency_ms(model: Backbone, width: Width, image_shape: Sequence[int], *, rou
     network.fc = nn.Identity()
     image = torch.randn(1, *image_shape, device=device)
     with torch.no_grad():
-        with use_width(network, width), calibrating(network):  # any statistics: they cost no time
-            network(torch.cat([image, image]))  # one pixel of one image has no variance
+        if has_statistics(network):  # any will do; one pixel of one image would have no variance
+            with use_width(network, width), calibrating(network):
+                network(torch.cat([image, image]))
         dense = standalone(network, width, image)
         seconds = []
         for _ in range(5 + rounds):

@@ -44,10 +44,10 @@ class ResidualBatchNorm(nn.modules.batchnorm._BatchNorm):
             return F.relu(y)
         return F.relu6(y) if self.activation == "relu6" else y
 
-    def norm(self) -> nn.Module:
+    def plain(self) -> nn.Module:
         """The batch norm alone, a torch.nn layer with these same parameters and buffers."""
         kind = nn.BatchNorm1d if isinstance(self, nn.BatchNorm1d) else nn.BatchNorm2d
-        norm = kind(self.num_features, self.eps, self.momentum, self.affine, device="meta").train(self.training)
+        norm = kind(self.num_features, self.eps, self.momentum, self.affine, device="meta")
         norm.load_state_dict(self.state_dict(), assign=True)
         return norm
 
@@ -79,6 +79,12 @@ class PrefixLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., C] with C >= in_features -> [..., out_features]."""
         return super().forward(x[..., : self.in_features])
+
+    def plain(self) -> nn.Module:
+        """The layer for the prefix alone, of torch.nn, with these same parameters."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.load_state_dict(self.state_dict(), assign=True)
+        return linear
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -139,6 +139,18 @@ def test_switchable_norms(tmp_path: Path) -> None:
     torch.testing.assert_close(network(images(3)), expected(model, 0.5, images(3)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("slicing", ["input", "full"])
+def test_vision_transformer(tmp_path: Path, slicing: str) -> None:
+    model = build_model("vit_mini", slicing=slicing, image_size=16, patch_size=8).eval()
+    export(model, 0.5, tmp_path / "a.pt2", image_shape=SHAPE)
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    written = export(model, 0.5, tmp_path / "a", image_shape=SHAPE, format="safetensors")
+    network = runpy.run_path(str(written.path / "model.py"))["load"]()
+    for y in (program(images(3)), network(images(3))):
+        torch.testing.assert_close(y, expected(model, 0.5, images(3)), rtol=1e-4, atol=1e-5)
+    assert written.features == (32 if slicing == "full" else 64)
+
+
 def test_nothing_is_written_where_the_results_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = backbone()
 
@@ -182,7 +194,7 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path, monkeypatch: pytest.Mon
 
     model.__class__ = Choosy
     with pytest.raises(ExportError, match="Choosy cannot be traced by torch.fx"):
-        exports.plain_graph(model)
+        exports.plain_graph(model, images(2))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -51,6 +51,14 @@ def test_groups_are_stages(name: str, groups: list[list[str]]) -> None:
     assert width_groups(build_model(name)) == groups
 
 
+def test_groups_of_a_vision_transformer_are_its_blocks_where_sums_are_whole(data: Data, tmp_path: Path) -> None:
+    models = [build_model("vit_mini", slicing=slicing, image_size=8, patch_size=4) for slicing in ("mlp", "full")]
+    assert width_groups(models[0]) == [[f"blocks.{i}"] for i in range(4)]
+    assert width_groups(models[1]) == [["blocks", "patch_embed"]]
+    rows = Search(models[0], data, tmp_path / "a.jsonl", steps=3).run(Budget(macs=1e9), evaluations=2)
+    assert len(rows) == 2 and latency_ms(models[0], 0.5, (3, 8, 8), rounds=3) > 0
+
+
 @pytest.mark.parametrize("name", ["resnet_tiny", "resnet50", "mobilenet_v2"])
 def test_every_group_can_have_a_width_of_its_own(name: str) -> None:
     model = build_model(name)

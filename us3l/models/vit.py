@@ -155,7 +155,7 @@ class VisionTransformer(Backbone):
             )
         x = self.patch_embed(x)
         channels = x.shape[-1]
-        tokens = [self.cls_token[..., :channels].expand(len(x), -1, -1), x]
+        tokens = [self.cls_token[..., :channels].expand(x.shape[0], -1, -1), x]
         x = torch.cat(tokens, 1) + self.pos_embed[..., :channels]
         # The norm acts on each token by itself, and only the class token is read.
         return self.norm(self.blocks(x)[:, 0])
