@@ -47,6 +47,20 @@ Tensor conv2d_3x3(const Tensor& x, const Tensor& weight, std::optional<Tensor> b
 Tensor conv2d_3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                            std::optional<Tensor> grad_weight, bool need_grad_x);
 
+// y = conv2d(x, weight[:out_channels, :c], bias[:out_channels]), of any geometry; `groups` are the full layer's, and of
+// them those are active whose channels x has.
+//
+// x [N, c, H, W], float32, channels innermost, other strides free. weight [K, C / groups, kh, kw] and bias [K],
+// float32, any strides. y is channels_last.
+Tensor conv2d(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::int64_t out_channels,
+              std::vector<std::int64_t> stride, std::vector<std::int64_t> padding, std::vector<std::int64_t> dilation,
+              std::int64_t groups);
+
+// Adds to grad_weight[:k, :c] and grad_bias[:k] (any strides); returns dx, an empty tensor unless needed.
+Tensor conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, std::optional<Tensor> grad_weight,
+                       std::optional<Tensor> grad_bias, bool need_grad_x, std::vector<std::int64_t> stride,
+                       std::vector<std::int64_t> padding, std::vector<std::int64_t> dilation, std::int64_t groups);
+
 // y = the depthwise convolution of x with weight[:c] and bias[:c], one filter per channel; stride, padding and dilation
 // [2] as torch.nn.functional.conv2d takes them.
 //

@@ -19,6 +19,12 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
       "conv2d_3x3_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, bool need_grad_x) "
       "-> Tensor");
   m.def(
+      "conv2d(Tensor x, Tensor weight, Tensor? bias, int out_channels, int[2] stride, int[2] padding, int[2] dilation, "
+      "int groups) -> Tensor");
+  m.def(
+      "conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, "
+      "bool need_grad_x, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor");
+  m.def(
       "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation) "
       "-> Tensor");
   m.def(
@@ -39,6 +45,8 @@ STABLE_TORCH_LIBRARY_IMPL(us3l_native, CPU, m) {
   m.impl("batch_norm_backward", TORCH_BOX(&us3l::batch_norm_backward));
   m.impl("conv2d_3x3", TORCH_BOX(&us3l::conv2d_3x3));
   m.impl("conv2d_3x3_backward", TORCH_BOX(&us3l::conv2d_3x3_backward));
+  m.impl("conv2d", TORCH_BOX(&us3l::conv2d));
+  m.impl("conv2d_backward", TORCH_BOX(&us3l::conv2d_backward));
   m.impl("depthwise_conv2d", TORCH_BOX(&us3l::depthwise_conv2d));
   m.impl("depthwise_conv2d_backward", TORCH_BOX(&us3l::depthwise_conv2d_backward));
   m.impl("sgd_", TORCH_BOX(&us3l::sgd_));

@@ -87,14 +87,102 @@ void multiply(std::int64_t rows, std::int64_t panels, std::int64_t depth, Matrix
     for (std::int64_t i = 0; i < columns; ++i) {
       const std::int64_t p = panels * i / columns, width = panels * (i + 1) / columns - p;
       const Panels right{b.data + p * b.panel + k * b.row, b.panel, b.row};
-      const std::int64_t blocks = (rows + kMaxRows[width - 1] - 1) / kMaxRows[width - 1];
+      // `taller` blocks of one row more than the others.
+      const std::int64_t blocks = (rows + kMaxRows[width - 1] - 1) / kMaxRows[width - 1], height = rows / blocks;
+      const std::int64_t taller = rows - height * blocks;
+      const MultiplyBlock block = block_of(height, width), taller_block = block_of(height + 1, width);
+      Matrix left{a.data + k * a.column, a.row, a.column};
+      float* to = c + p * LANES;
       for (std::int64_t j = 0; j < blocks; ++j) {
-        const std::int64_t r = rows * j / blocks, height = rows * (j + 1) / blocks - r;
-        const Matrix left{a.data + r * a.row + k * a.column, a.row, a.column};
-        block_of(height, width)(length, left, right, c + r * c_row + p * LANES, c_row, add || cut > 0);
+        const std::int64_t r = height + (j < taller);
+        (j < taller ? taller_block : block)(length, left, right, to, c_row, add || cut > 0);
+        left.data += r * a.row;
+        to += r * c_row;
       }
     }
   }
 }
 
-GemmKernels gemm_kernels() { return {LANES, multiply}; }
+// ---------------------------------------------------------------------------------------------- packing
+
+// Transposes LANES vectors: blocks of 1, 2, 4, ... lanes off the diagonal change places.
+US3L_INLINE void transpose(Float<LANES>* v) {
+  US3L_UNROLL
+  for (int s = 1; s < LANES; s *= 2) {
+    Lanes<LANES>::Word first, second;
+    US3L_UNROLL
+    for (int l = 0; l < LANES; ++l) {
+      first[l] = l & s ? LANES + l - s : l;
+      second[l] = l & s ? LANES + l : l + s;
+    }
+    US3L_UNROLL
+    for (int i = 0; i < LANES; ++i) {
+      if (i & s) continue;
+      const Float<LANES> a = v[i], b = v[i + s];
+      v[i] = shuffle<LANES>(a, b, first);
+      v[i + s] = shuffle<LANES>(a, b, second);
+    }
+  }
+}
+
+void pack_panel(std::int64_t depth, Matrix from, float* to) {
+  std::int64_t k = 0;
+  if (from.column == 1) {
+    for (; k < depth; ++k) store<LANES>(to + k * LANES, load<LANES>(from.data + k * from.row));
+  } else if (from.row == 1) {
+    for (; k + LANES <= depth; k += LANES) {
+      Float<LANES> v[LANES];
+      US3L_UNROLL
+      for (int l = 0; l < LANES; ++l) v[l] = load<LANES>(from.data + k + l * from.column);
+      transpose(v);
+      US3L_UNROLL
+      for (int l = 0; l < LANES; ++l) store<LANES>(to + (k + l) * LANES, v[l]);
+    }
+  }
+  for (; k < depth; ++k)
+    for (int l = 0; l < LANES; ++l) to[k * LANES + l] = from.data[k * from.row + l * from.column];
+}
+
+void pack(std::int64_t depth, std::int64_t columns, Matrix from, float* b, std::int64_t panel) {
+  for (; columns >= LANES; columns -= LANES, b += panel, from.data += LANES * from.column)
+    pack_panel(depth, from, b);
+  if (columns == 0) return;
+  for (std::int64_t k = 0; k < depth; ++k)
+    for (int l = 0; l < LANES; ++l)
+      b[k * LANES + l] = l < columns ? from.data[k * from.row + l * from.column] : 0;
+}
+
+// ---------------------------------------------------------------------------------------------- rows
+
+// Columns that do not fill a vector are copied by one that overlaps the last.
+template <int W>
+void copy_rows(std::int64_t rows, std::int64_t columns, const float* from, std::int64_t from_row, float* to,
+               std::int64_t to_row) {
+  if constexpr (W > 1) {
+    if (columns < W) return copy_rows<W / 2>(rows, columns, from, from_row, to, to_row);
+  }
+  for (; rows > 0; --rows, from += from_row, to += to_row) {
+    for (std::int64_t j = 0; j + W <= columns; j += W) store<W>(to + j, load<W>(from + j));
+    store<W>(to + columns - W, load<W>(from + columns - W));
+  }
+}
+
+constexpr std::int64_t kMaxRowsInFloat = 16;  // then on to float64
+
+template <int W>
+void add_rows(std::int64_t rows, std::int64_t columns, const float* a, std::int64_t row, double* sums) {
+  std::int64_t j = 0;
+  for (; j + W <= columns; j += W) {
+    for (std::int64_t i = 0; i < rows;) {
+      Float<W> sum{};
+      const std::int64_t end = i + kMaxRowsInFloat < rows ? i + kMaxRowsInFloat : rows;
+      for (; i < end; ++i) sum += load<W>(a + i * row + j);
+      for (int l = 0; l < W; ++l) sums[j + l] += sum[l];
+    }
+  }
+  if constexpr (W > 1) {
+    if (j < columns) add_rows<W / 2>(rows, columns - j, a + j, row, sums + j);
+  }
+}
+
+GemmKernels gemm_kernels() { return {LANES, multiply, pack, copy_rows<LANES>, add_rows<LANES>}; }

@@ -25,6 +25,17 @@ struct GemmKernels {
   // c(i, :) = or += sum over k < depth of a(i, k) b(k, :), for whole panels; `add` says which.
   void (*multiply)(std::int64_t rows, std::int64_t panels, std::int64_t depth, Matrix a, Panels b, float* c,
                    std::int64_t c_row, bool add);
+
+  // b [panels][depth][lanes], its panels `panel` apart, of a matrix of depth x columns; zero past its columns. One of
+  // the matrix's distances is best 1.
+  void (*pack)(std::int64_t depth, std::int64_t columns, Matrix from, float* b, std::int64_t panel);
+
+  // to(i, :) = from(i, :), for rows of so many columns; the distances are those of two rows.
+  void (*copy_rows)(std::int64_t rows, std::int64_t columns, const float* from, std::int64_t from_row, float* to,
+                    std::int64_t to_row);
+
+  // sums[j] += sum over i < rows of a[i * row + j].
+  void (*add_rows)(std::int64_t rows, std::int64_t columns, const float* a, std::int64_t row, double* sums);
 };
 
 namespace portable {

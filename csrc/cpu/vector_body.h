@@ -32,3 +32,16 @@ template <int W>
 US3L_INLINE void store(float* p, Float<W> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+
+// Lane l is lane order[l] of a and b, one after the other.
+template <int W>
+US3L_INLINE Float<W> shuffle(Float<W> a, Float<W> b, typename Lanes<W>::Word order) {
+#if defined(__clang__)
+  Float<W> v;
+  US3L_UNROLL
+  for (int l = 0; l < W; ++l) v[l] = order[l] < W ? a[order[l]] : b[order[l] - W];
+  return v;
+#else
+  return __builtin_shuffle(a, b, order);
+#endif
+}

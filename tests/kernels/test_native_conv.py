@@ -246,28 +246,14 @@ def test_empty_batch() -> None:
     assert dx is not None and dx.shape == x.shape and not gw.any()
 
 
-def convolution(**change: object) -> dict[str, object]:
-    return {"out_channels": 16, "stride": 1, "padding": 1, "dilation": 1, "groups": 1, **change}
-
-
 @pytest.mark.parametrize(
-    "x, kernel, change, reason",
-    [
-        (torch.randn(2, 16, 9, 9), 3, {}, "channels_last"),
-        (images(2, 16, 9, 9).double(), 3, {}, "float64"),
-        (images(2, 16, 9, 9), 5, {"padding": 2}, "3x3 kernels"),
-        (images(2, 16, 9, 9), 3, {"stride": 2}, "stride 1"),
-        (images(2, 16, 9, 9), 3, {"padding": 0}, "padding 1"),
-        (images(2, 16, 9, 9), 3, {"dilation": 2}, "dilation 1"),
-        (images(2, 16, 9, 9), 3, {"groups": 2, "out_channels": 16}, "one group"),
-    ],
+    "x, reason", [(torch.randn(2, 16, 9, 9), "channels_last"), (images(2, 16, 9, 9).double(), "float64")]
 )
-def test_says_what_it_cannot_run(x: Tensor, kernel: int, change: dict[str, object], reason: str) -> None:
-    groups = change.get("groups", 1)
-    weight = torch.randn(16, 16 // groups, kernel, kernel, dtype=x.dtype)  # type: ignore[operator]
-    functional.conv2d(x, weight, **convolution(**change))  # type: ignore[arg-type]
+def test_says_what_it_cannot_run(x: Tensor, reason: str) -> None:
+    weight = torch.randn(16, 16, 3, 3, dtype=x.dtype)
+    functional.conv2d(x, weight, padding=1)
     with use_backend("native"), pytest.raises(BackendError, match=reason):
-        functional.conv2d(x, weight, **convolution(**change))  # type: ignore[arg-type]
+        functional.conv2d(x, weight, padding=1)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +293,6 @@ def test_slower_shapes_run_when_asked_for() -> None:
             {"weight": torch.randn(8, 8, 3, 3)},
             "weight: expected float32 .>= 8, >= 16, 3, 3., got .8, 8, 3, 3.",
         ),
-        ({"weight": torch.randn(8, 16, 5, 5)}, "weight: expected"),
         ({"bias": torch.randn(7)}, "bias: expected a float32 vector of at least 8"),
         ({"grad": images(2, 8, 4, 5)}, "grad: expected the images of x"),
     ],

@@ -305,7 +305,6 @@ def test_the_automatic_choice() -> None:
     [
         (torch.randn(2, 16, 9, 9), 16, "channels_last"),
         (images(2, 16, 9, 9).half(), 16, "float16"),
-        (images(2, 16, 9, 9), 8, "one group"),
     ],
 )
 def test_says_what_it_cannot_run(x: Tensor, groups: int, reason: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,44 +43,51 @@ def _why_not_channels_last(x: Tensor) -> str | None:
     return None
 
 
-def _is_depthwise(weight: Tensor, groups: int) -> bool:
-    """Whether each channel has one filter of its own."""
-    return weight.size(1) == 1 and weight.size(0) == groups
-
-
-def _why_not_depthwise(x: Tensor, weight: Tensor) -> str | None:
-    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
-        return f"it takes float32 and bfloat16 x with float32 filters, x is {x.dtype} and the weight {weight.dtype}"
-    return _why_not_channels_last(x)
-
-
-def _why_not_winograd(
+def _algorithm(
     x: Tensor,
     weight: Tensor,
-    *,
-    out_channels: int,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> str | None:
-    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+) -> Literal["depthwise", "winograd", "product"]:
+    """How a convolution is computed."""
+    if weight.size(1) == 1 and weight.size(0) == groups:
+        return "depthwise"
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    if weight.shape[2:] == (3, 3) and geometry == ([1, 1], [1, 1], [1, 1], 1) and x.size(1) >= 8:
+        return "winograd"  # F(4x4, 3x3); the transforms of fewer channels do not pay
+    return "product"
+
+
+def _why_not_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry: Any) -> str | None:
+    if _algorithm(x, weight, **geometry) == "depthwise":
+        if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
+            return f"it takes float32 and bfloat16 x with float32 filters, x is {x.dtype} and the weight {weight.dtype}"
+    elif x.dtype != torch.float32 or weight.dtype != torch.float32:
         return f"it takes float32, x is {x.dtype} and the weight {weight.dtype}"
-    if tuple(weight.shape[2:]) != (3, 3) or groups != 1:
-        return f"it takes 3x3 kernels and one group, the kernel is {tuple(weight.shape[2:])} and groups {groups}"
-    if list(stride) != [1, 1] or list(padding) != [1, 1] or list(dilation) != [1, 1]:
-        return (
-            "it takes stride 1, padding 1 and dilation 1, "
-            f"got {list(stride)}, {list(padding)} and {list(dilation)}"
-        )
     return _why_not_channels_last(x)
 
 
-def _why_not_conv2d(x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
-    assert weight is not None
-    if _is_depthwise(weight, arguments["groups"]):
-        return _why_not_depthwise(x, weight)
-    return _why_not_winograd(x, weight, **arguments)
+def _why_slower_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry: Any) -> str | None:
+    if _CAPABILITY != "AVX512":
+        return f"its convolution was measured with AVX-512 only, this CPU has {_CAPABILITY}"
+    channels, algorithm = x.size(1), _algorithm(x, weight, **geometry)
+    if algorithm == "winograd":
+        tiles = x.size(0) * ((x.size(2) + 3) // 4) * ((x.size(3) + 3) // 4)
+        if tiles < 8 and channels * out_channels >= 64 * 64:
+            return (
+                "transforming 64 x 64 filters and more for fewer than 8 tiles of 4x4 pixels ran at 0.6 to 1.0x ATen, "
+                f"there are {channels} x {out_channels} for {tiles}"
+            )
+    if algorithm == "product":
+        groups = channels // weight.size(1) if geometry["groups"] > 1 else 1
+        if min(channels, out_channels) < 16 * groups:
+            return (
+                "a matrix product with fewer than 16 channels in a group ran at 0.7 to 1.0x ATen, there are "
+                f"{channels // groups} to {out_channels // groups}"
+            )
+    return None
 
 
 def _why_not_batch_norm(x: Tensor, weight: Tensor | None) -> str | None:
@@ -106,25 +113,15 @@ class NativeBackend(Backend):
     def why_not(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
         if x.device.type != "cpu":
             return f"its kernels are for the CPU, x is on {x.device}"
-        return _why_not_conv2d(x, weight, **arguments) if op == "conv2d" else _why_not_batch_norm(x, weight)
+        if op == "conv2d":
+            assert weight is not None
+            return _why_not_conv2d(x, weight, **arguments)
+        return _why_not_batch_norm(x, weight)
 
     def why_slower(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
-        if op != "conv2d":
-            return None
-        if _CAPABILITY != "AVX512":
-            return f"its convolution was measured with AVX-512 only, this CPU has {_CAPABILITY}"
-        assert weight is not None
-        if _is_depthwise(weight, arguments["groups"]):
-            return None
-        channels, out_channels = x.size(1), arguments["out_channels"]
-        if channels < 8:
-            return f"a Winograd convolution of fewer than 8 channels ran at 0.7 to 1.2x ATen, x has {channels}"
-        tiles = x.size(0) * ((x.size(2) + 3) // 4) * ((x.size(3) + 3) // 4)
-        if tiles < 8 and channels * out_channels >= 64 * 64:
-            return (
-                "transforming 64 x 64 filters and more for fewer than 8 tiles of 4x4 pixels ran at 0.6 to 1.0x ATen, "
-                f"there are {channels} x {out_channels} for {tiles}"
-            )
+        if op == "conv2d":
+            assert weight is not None
+            return _why_slower_conv2d(x, weight, **arguments)
         return None
 
     def conv2d(
@@ -139,10 +136,13 @@ class NativeBackend(Backend):
         groups: int,
     ) -> Tensor:
         y: Tensor
-        if _is_depthwise(weight, groups):
+        algorithm = _algorithm(x, weight, stride, padding, dilation, groups)
+        if algorithm == "depthwise":
             y = native.depthwise_conv2d(x, weight, bias, stride, padding, dilation)
-        else:
+        elif algorithm == "winograd":
             y = native.conv2d_3x3(x, weight, bias, out_channels)
+        else:
+            y = native.conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups)
         return y
 
     def conv2d_backward(
@@ -158,11 +158,17 @@ class NativeBackend(Backend):
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor | None:
+        algorithm = _algorithm(x, weight, stride, padding, dilation, groups)
+        if algorithm == "product":
+            dx = native.conv2d_backward(
+                grad, x, weight, grad_weight, grad_bias, need_grad_x, stride, padding, dilation, groups
+            )
+            return dx if need_grad_x else None
         if grad_bias is not None:
             grad_bias[: grad.size(1)].add_(grad.sum((0, 2, 3), dtype=torch.float32))
         if grad_weight is None and not need_grad_x:
             return None
-        if _is_depthwise(weight, groups):
+        if algorithm == "depthwise":
             dx = native.depthwise_conv2d_backward(
                 grad, x, weight, grad_weight, need_grad_x, stride, padding, dilation
             )
