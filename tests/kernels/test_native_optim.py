@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import hypothesis.strategies as st
@@ -240,33 +237,3 @@ ADAMW_OPTIONS = (0.1, 0.9, 0.9, 0.0, 0.0, 0.0, 8)  # lr, betas, eps, weight_deca
 def test_bad_input(call: Callable[[list[Tensor]], None], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         call([torch.ones(3)])
-
-
-FORCED = """
-import sys
-sys.path.insert(0, "tests/kernels")
-import test_native_optim as t
-assert t._native.isa() == "{isa}", t._native.isa()
-t.torch.manual_seed(0)
-t.check("sgd", t.SHAPES, momentum=0.9, nesterov=True)
-t.check("sgd", t.SHAPES)
-t.check("adamw", t.SHAPES, eps=1e-3)
-"""
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    features = _native.cpu_features()
-    needed = {"portable": [], "avx2": ["avx2", "fma"], "avx512": ["avx512f", "avx512bw", "avx512dq", "avx512vl"]}
-    if not all(features.get(f) for f in needed[isa]):
-        pytest.skip(f"this CPU has no {isa}")
-    if isa == _native.isa():
-        pytest.skip(f"all the other tests ran with {isa}")
-    done = subprocess.run(
-        [sys.executable, "-c", FORCED.format(isa=isa)],
-        env={**os.environ, "US3L_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
