@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from us3l.config import from_dict
+from us3l.config import from_dict, to_dict
 from us3l.errors import CheckpointError
 from us3l.methods import Method, build_method
 from us3l_kernels.nn.calibration import load_statistics
@@ -86,6 +86,8 @@ def load(path: str | Path) -> Checkpoint:
         )
     if missing := _KEYS - checkpoint.keys():
         raise CheckpointError(f"{path} is not a whole checkpoint: it lacks {', '.join(sorted(missing))}")
+    # Keys of the configuration that are newer than the file have their defaults.
+    checkpoint["config"] = to_dict(from_dict(checkpoint["config"]))
     return checkpoint
 
 

@@ -132,6 +132,14 @@ def test_calibrate_stores_statistics_that_evaluation_uses(trained: Path, tmp_pat
     assert rows[0] != rows[1]
 
 
+def test_a_checkpoint_from_before_a_key_existed_is_read(trained: Path, tmp_path: Path) -> None:
+    saved = torch.load(trained, weights_only=True)
+    del saved["config"]["model"]["norm"], saved["config"]["train"]["amp"]
+    torch.save(saved, tmp_path / "step-000000002.pt")
+    run("evaluate", "knn", tmp_path, "--widths", "0.5")
+    assert "is finished" in run("pretrain", "--resume", "auto", *TINY, f"checkpoint.dir={tmp_path}")
+
+
 def test_statistics_of_other_images_are_not_used(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
