@@ -37,6 +37,18 @@ std::tuple<Tensor, Tensor> batch_norm_backward(
     const Tensor& mean, const Tensor& rstd, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
     bool need_grad_x, bool need_grad_residual, bool training, std::int64_t activation);
 
+// y = (x - mean) * rstd * weight[:c] + bias[:c] over the last dimension, with mean and rstd [..., 1] in float32.
+//
+// x [..., c], float32 or bfloat16, rows of contiguous channels at one distance. Parameters are float32 vectors of at
+// least c elements. y is contiguous.
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, std::optional<Tensor> weight,
+                                              std::optional<Tensor> bias, double eps);
+
+// Adds to grad_weight[:c] and grad_bias[:c]; returns dx, contiguous, or an empty tensor unless needed.
+Tensor layer_norm_backward(const Tensor& grad, const Tensor& x, std::optional<Tensor> weight, const Tensor& mean,
+                           const Tensor& rstd, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
+                           bool need_grad_x);
+
 // y = conv2d(x, weight[:out_channels, :c], bias[:out_channels]) with 3x3 filters, stride 1 and padding 1.
 //
 // x [N, c, H, W], float32, channels innermost, other strides free. weight [K, C, 3, 3] and bias [K], float32, any

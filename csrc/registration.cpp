@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
       "batch_norm_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
       "Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, bool need_grad_x, bool need_grad_residual, bool training, "
       "int activation) -> (Tensor, Tensor)");
+  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor(a!)? grad_weight, "
+      "Tensor(b!)? grad_bias, bool need_grad_x) -> Tensor");
   m.def("conv2d_3x3(Tensor x, Tensor weight, Tensor? bias, int out_channels) -> Tensor");
   m.def(
       "conv2d_3x3_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, bool need_grad_x) "
@@ -43,6 +47,8 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(us3l_native, CPU, m) {
   m.impl("batch_norm", TORCH_BOX(&us3l::batch_norm));
   m.impl("batch_norm_backward", TORCH_BOX(&us3l::batch_norm_backward));
+  m.impl("layer_norm", TORCH_BOX(&us3l::layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&us3l::layer_norm_backward));
   m.impl("conv2d_3x3", TORCH_BOX(&us3l::conv2d_3x3));
   m.impl("conv2d_3x3_backward", TORCH_BOX(&us3l::conv2d_3x3_backward));
   m.impl("conv2d", TORCH_BOX(&us3l::conv2d));

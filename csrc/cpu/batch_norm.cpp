@@ -16,37 +16,13 @@
 namespace us3l {
 namespace {
 
-// The distance of two rows if t [N, C, *] is a matrix of N * prod(*) rows of C channels where it lies, else -1.
-int64_t row_stride(const Tensor& t) {
-  if (t.size(1) > 1 && t.stride(1) != 1) return -1;
-  int64_t stride = -1, expected = -1;
-  for (int64_t i = t.dim() - 1; i >= 1; --i) {
-    const int64_t d = i == 1 ? 0 : i;  // the last dimension to the third, then the batch
-    if (t.size(d) <= 1) continue;
-    if (stride < 0) stride = t.stride(d);
-    if (expected >= 0 && t.stride(d) != expected) return -1;
-    expected = t.stride(d) * t.size(d);
-  }
-  return stride < 0 ? t.size(1) : stride;
-}
-
 // t itself if it is such a matrix, else a copy that is (the gradient of a mean is expanded, say).
 Tensor as_rows(const Tensor& t) {
-  if (row_stride(t) >= 0) return t;
+  if (row_stride(t, 1) >= 0) return t;
   if (t.dim() == 2) return torch::stable::contiguous(t);
   if (t.dim() == 4) return torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
   const Tensor columns = torch::stable::flatten(t, 2, -1);  // [N, C, rows of an image]
   return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(columns, 1, 2)), 1, 2);
-}
-
-template <class T>
-Rows<const T> rows_of(const Tensor& t) {
-  return {static_cast<const T*>(t.const_data_ptr()), row_stride(t)};
-}
-
-template <class T>
-Rows<T> rows_of(Tensor& t) {
-  return {static_cast<T*>(t.mutable_data_ptr()), row_stride(t)};
 }
 
 template <class T>
@@ -117,7 +93,7 @@ void forward(const Tensor& x, const float* weight, const float* bias, float* run
              Clamp clamp, Tensor& y, float* mean, float* rstd) {
   const auto kernels = batch_norm_kernels<T>();
   const int64_t views = tasks.views, rows = tasks.rows, channels = tasks.channels;
-  const auto in = rows_of<T>(x);
+  const auto in = rows_of<T>(x, 1);
 
   if (training) {
     Partials partials(tasks);
@@ -159,8 +135,8 @@ void forward(const Tensor& x, const float* weight, const float* bias, float* run
   for (int64_t i = 0; i < views * channels; ++i) scale[i] = rstd[i] * (weight ? weight[i % channels] : 1.f);
   if (bias != nullptr) std::copy_n(bias, channels, offset.begin());
 
-  const auto out = rows_of<T>(y);
-  const Rows<const T> add = residual.has_value() ? rows_of<T>(std::as_const(*residual)) : Rows<const T>{nullptr, 0};
+  const auto out = rows_of<T>(y, 1);
+  const Rows<const T> add = residual.has_value() ? rows_of<T>(std::as_const(*residual), 1) : Rows<const T>{nullptr, 0};
   tasks.run([&](const Tasks::Task& t) {
     const int64_t k = t.view * channels + t.channel;
     kernels.normalise(at(in, t.row, t.channel), at(add, t.row, t.channel), at(out, t.row, t.channel), t.rows,
@@ -174,9 +150,9 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor* y, const float*
               const Tasks& tasks, Clamp clamp, Tensor* masked, Tensor* dx) {
   const auto kernels = batch_norm_kernels<T>();
   const int64_t views = tasks.views, rows = tasks.rows, channels = tasks.channels;
-  const auto in = rows_of<T>(x), upstream = rows_of<T>(grad);
-  const auto out = y ? rows_of<T>(*y) : Rows<const T>{nullptr, 0};
-  const auto mask = masked ? rows_of<T>(*masked) : Rows<T>{nullptr, 0};
+  const auto in = rows_of<T>(x, 1), upstream = rows_of<T>(grad, 1);
+  const auto out = y ? rows_of<T>(*y, 1) : Rows<const T>{nullptr, 0};
+  const auto mask = masked ? rows_of<T>(*masked, 1) : Rows<T>{nullptr, 0};
 
   std::vector<float> scale(views * channels), slope(views * channels), offset(views * channels);
   for (int64_t i = 0; i < views * channels; ++i) scale[i] = rstd[i] * (weight ? weight[i % channels] : 1.f);
@@ -209,7 +185,7 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor* y, const float*
     }
 
   if (dx == nullptr) return;
-  const auto result = rows_of<T>(*dx);
+  const auto result = rows_of<T>(*dx, 1);
   const auto g = masked ? Rows<const T>{mask.data, mask.stride} : upstream;
   tasks.run([&](const Tasks::Task& t) {
     const int64_t k = t.view * channels + t.channel;
@@ -224,7 +200,7 @@ Tasks tasks_of(const char* op, const Tensor& x, int64_t views) {
   const auto dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
                   ": x: expected float32 or bfloat16");
-  STD_TORCH_CHECK(row_stride(x) >= 0, op, ": x: expected channels innermost (channels_last)");
+  STD_TORCH_CHECK(row_stride(x, 1) >= 0, op, ": x: expected channels innermost (channels_last)");
   STD_TORCH_CHECK(views >= 1 && x.size(0) % views == 0, op, ": views: expected a divisor of the batch of ", x.size(0),
                   ", got ", views);
   const int64_t channels = x.size(1);

@@ -8,19 +8,23 @@ US3L_INLINE Float<W> load(const BFloat16* p) {
   return (Float<W>)word;
 }
 
-// v as it reads after it was stored: to nearest even in bfloat16; a NaN stays one.
+// v to nearest even in bfloat16, in the upper halves of the words; the lower ones are of no use. A NaN stays one.
+template <int W>
+US3L_INLINE typename Lanes<W>::Word nearest(Float<W> v) {
+  using Word = typename Lanes<W>::Word;
+  const Word word = (Word)v;
+  return v == v ? word + 0x7fff + ((word >> 16) & 1) : word | 0x400000;
+}
+
+// v as it reads after it was stored.
 template <class T, int W>
 US3L_INLINE Float<W> rounded(Float<W> v) {
   if constexpr (sizeof(T) == sizeof(float)) return v;
-  using Word = typename Lanes<W>::Word;
-  const Word word = (Word)v;
-  const Word nearest = word + 0x7fff + ((word >> 16) & 1), quiet = word | 0x400000;
-  return (Float<W>)((v == v ? nearest : quiet) & 0xffff0000);
+  return (Float<W>)(nearest<W>(v) & 0xffff0000);
 }
 
 template <int W>
 US3L_INLINE void store(BFloat16* p, Float<W> v) {
-  const auto half = __builtin_convertvector((typename Lanes<W>::Word)rounded<BFloat16, W>(v) >> 16,
-                                            typename Lanes<W>::Half);
+  const auto half = __builtin_convertvector(nearest<W>(v) >> 16, typename Lanes<W>::Half);
   __builtin_memcpy(p, &half, sizeof half);
 }

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "images.h"
+#include "rows.h"
 
 namespace us3l {
 
@@ -50,6 +51,30 @@ inline float* output_vector(const char* op, const char* name, const std::optiona
   if (!t.has_value()) return nullptr;
   check_vector(op, name, *t, channels);
   return t->mutable_data_ptr<float>();
+}
+
+// The distance of two rows if t is a matrix where it lies, with the dimension `channels` as its columns and all others
+// as its rows; else -1.
+inline int64_t row_stride(const Tensor& t, int64_t channels) {
+  if (t.size(channels) > 1 && t.stride(channels) != 1) return -1;
+  int64_t stride = -1, expected = -1;
+  for (int64_t d = t.dim() - 1; d >= 0; --d) {
+    if (d == channels || t.size(d) <= 1) continue;
+    if (stride < 0) stride = t.stride(d);
+    if (expected >= 0 && t.stride(d) != expected) return -1;
+    expected = t.stride(d) * t.size(d);
+  }
+  return stride < 0 ? t.size(channels) : stride;
+}
+
+template <class T>
+Rows<const T> rows_of(const Tensor& t, int64_t channels) {
+  return {static_cast<const T*>(t.const_data_ptr()), row_stride(t, channels)};
+}
+
+template <class T>
+Rows<T> rows_of(Tensor& t, int64_t channels) {
+  return {static_cast<T*>(t.mutable_data_ptr()), row_stride(t, channels)};
 }
 
 inline bool channels_innermost(const Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1; }

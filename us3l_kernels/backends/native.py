@@ -19,18 +19,18 @@ _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 _ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 
 
-def _is_rows(x: Tensor) -> bool:
-    """Whether x [N, C, *] is a matrix of N * prod(*) rows of C channels at one stride, read where it lies.
+def _is_rows(x: Tensor, channels: int) -> bool:
+    """Whether x is a matrix of rows at one stride, read where it lies, with the dimension `channels` as its columns.
 
-    So are channels_last tensors, plain [N, C] ones, and prefix slices of either.
+    So are channels_last tensors (their dimension 1), contiguous ones (their last), and prefix slices of either.
     """
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+    if channels == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return True
-    if x.stride(1) != 1 and x.size(1) > 1:
+    if x.stride(channels) != 1 and x.size(channels) > 1:
         return False
     expected = None
-    for d in (*range(x.dim() - 1, 1, -1), 0):
-        if x.size(d) > 1:
+    for d in reversed(range(x.dim())):
+        if d != channels and x.size(d) > 1:
             if expected is not None and x.stride(d) != expected:
                 return False
             expected = x.stride(d) * x.size(d)
@@ -90,19 +90,29 @@ def _why_slower_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry:
     return None
 
 
-def _why_not_batch_norm(x: Tensor, weight: Tensor | None) -> str | None:
+def _why_not_norm(x: Tensor, weight: Tensor | None) -> str | None:
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, x is {x.dtype}"
     if weight is not None and weight.dtype != torch.float32:
         return f"it takes float32 parameters, the weight is {weight.dtype}"
-    if not _is_rows(x):
-        return f"it takes channels_last (channels innermost), x has shape {tuple(x.shape)} and strides {x.stride()}"
     return None
+
+
+def _why_not_batch_norm(x: Tensor, weight: Tensor | None) -> str | None:
+    if not _is_rows(x, 1):
+        return f"it takes channels_last (channels innermost), x has shape {tuple(x.shape)} and strides {x.stride()}"
+    return _why_not_norm(x, weight)
+
+
+def _why_not_layer_norm(x: Tensor, weight: Tensor | None) -> str | None:
+    if not _is_rows(x, x.dim() - 1):
+        return f"it takes rows of contiguous channels at one stride, x has shape {tuple(x.shape)} and {x.stride()}"
+    return _why_not_norm(x, weight)
 
 
 class NativeBackend(Backend):
     name = "native"
-    ops = ("conv2d", "batch_norm")
+    ops = ("conv2d", "batch_norm", "layer_norm")
 
     def unavailable(self) -> str | None:
         if _native.load() is None:
@@ -116,7 +126,7 @@ class NativeBackend(Backend):
         if op == "conv2d":
             assert weight is not None
             return _why_not_conv2d(x, weight, **arguments)
-        return _why_not_batch_norm(x, weight)
+        return _why_not_batch_norm(x, weight) if op == "batch_norm" else _why_not_layer_norm(x, weight)
 
     def why_slower(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
         if op == "conv2d":
@@ -238,3 +248,23 @@ class NativeBackend(Backend):
             _ACTIVATIONS[activation],
         )
         return dx if need_grad_x else None, dresidual if need_grad_residual else None
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = native.layer_norm(x, weight, bias, eps)
+        return y, mean, rstd
+
+    def layer_norm_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        need_grad_x: bool,
+    ) -> Tensor | None:
+        dx = native.layer_norm_backward(grad, x, weight, mean, rstd, grad_weight, grad_bias, need_grad_x)
+        return dx if need_grad_x else None
