@@ -73,6 +73,14 @@ Tensor conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight
                        std::optional<Tensor> grad_bias, bool need_grad_x, std::vector<std::int64_t> stride,
                        std::vector<std::int64_t> padding, std::vector<std::int64_t> dilation, std::int64_t groups);
 
+// y = x weight[:out_features, :c]' + bias[:out_features]. x [N, c], its rows contiguous; weight [K, C], any strides; bias
+// [K]; all float32.
+Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::int64_t out_features);
+
+// Adds to grad_weight[:k, :c] (any strides) and grad_bias[:k]; returns dx, an empty tensor unless needed.
+Tensor linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, std::optional<Tensor> grad_weight,
+                       std::optional<Tensor> grad_bias, bool need_grad_x);
+
 // y = the depthwise convolution of x with weight[:c] and bias[:c], one filter per channel; stride, padding and dilation
 // [2] as torch.nn.functional.conv2d takes them.
 //

@@ -28,6 +28,10 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
   m.def(
       "conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, "
       "bool need_grad_x, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor");
+  m.def(
+      "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, "
+      "bool need_grad_x) -> Tensor");
   m.def(
       "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation) "
       "-> Tensor");
@@ -53,6 +57,8 @@ STABLE_TORCH_LIBRARY_IMPL(us3l_native, CPU, m) {
   m.impl("conv2d_3x3_backward", TORCH_BOX(&us3l::conv2d_3x3_backward));
   m.impl("conv2d", TORCH_BOX(&us3l::conv2d));
   m.impl("conv2d_backward", TORCH_BOX(&us3l::conv2d_backward));
+  m.impl("linear", TORCH_BOX(&us3l::linear));
+  m.impl("linear_backward", TORCH_BOX(&us3l::linear_backward));
   m.impl("depthwise_conv2d", TORCH_BOX(&us3l::depthwise_conv2d));
   m.impl("depthwise_conv2d_backward", TORCH_BOX(&us3l::depthwise_conv2d_backward));
   m.impl("sgd_", TORCH_BOX(&us3l::sgd_));

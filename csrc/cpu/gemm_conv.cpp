@@ -317,7 +317,8 @@ void convolve_weight_gradient(const Images<const float>& x, const Images<const f
 
   const Samples samples{x, g.stride, dy.height, dy.width, all_taps(g, dw->height, dw->width, dw->row, dw->column)};
   const int64_t taps = samples.taps.size(), channels = x.channels;
-  const bool read_in_place = in_place(samples) && channels % gemm.lanes == 0;
+  const bool whole_panels = channels % gemm.lanes == 0;
+  const bool read_in_place = in_place(samples) && whole_panels;
 
   // Tiles of the gradient that stay in the L2 cache while all points pass by. Several threads to a tile have points of
   // their own, and sums of their own.
@@ -331,6 +332,7 @@ void convolve_weight_gradient(const Images<const float>& x, const Images<const f
   const int64_t tile_out = divide_up(out, out_tiles), tile_taps = divide_up(taps, tap_tiles);
   const int64_t tile_channels = round_up(divide_up(channels, channel_tiles), gemm.lanes);
   const int64_t row = row_of(tile_taps * std::min(tile_channels, channels)), size = tile_out * row;
+  const bool add_in_place = parts == 1 && taps == 1 && dw->in_distance == 1 && whole_panels;
   const Scratch memory(Scratch::kFilterGradients, parts > 1 ? tiles * parts * size : 0);
 
   struct Tile {
@@ -349,8 +351,11 @@ void convolve_weight_gradient(const Images<const float>& x, const Images<const f
     const Range own = part(points, task % parts, parts);
     const int64_t blocks = divide_up(own.end - own.begin, kMostRows), count = tile.columns.count();
     const Scratch input(Scratch::kInput, read_in_place ? 0 : divide_up(own.end - own.begin, blocks) * row);
-    const Scratch output(Scratch::kOutput, parts > 1 ? 0 : size);
-    float* const sums = parts > 1 ? memory.data() + task * size : output.data();
+    const Scratch output(Scratch::kOutput, parts > 1 || add_in_place ? 0 : size);
+    float* const sums = add_in_place ? dw->data + tile.out.begin * dw->out_distance + tile.columns.channels.begin
+                        : parts > 1  ? memory.data() + task * size
+                                     : output.data();
+    const int64_t sums_row = add_in_place ? dw->out_distance : row;
     for_parts(own, blocks, [&](Range p) {
       Panels b{input.data(), gemm.lanes, row};
       if (read_in_place)
@@ -358,10 +363,10 @@ void convolve_weight_gradient(const Images<const float>& x, const Images<const f
       else
         gather(gemm, samples, p, tile.columns, input.data(), row);
       const Matrix a{dy.data + p.begin * dy.pixel + tile.out.begin, 1, dy.pixel};
-      gemm.multiply(tile.out.end - tile.out.begin, divide_up(count, gemm.lanes), p.end - p.begin, a, b, sums, row,
-                    p.begin > own.begin);
+      gemm.multiply(tile.out.end - tile.out.begin, divide_up(count, gemm.lanes), p.end - p.begin, a, b, sums, sums_row,
+                    add_in_place || p.begin > own.begin);
     });
-    if (parts == 1) add_tile(sums, 1, 0, row, tile.out, tile.columns, samples, *dw);
+    if (parts == 1 && !add_in_place) add_tile(sums, 1, 0, row, tile.out, tile.columns, samples, *dw);
   });
   if (parts > 1)
     for (int64_t i = 0; i < tiles; ++i) {
