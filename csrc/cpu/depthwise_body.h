@@ -7,13 +7,19 @@
 
 #define US3L_LAMBDA(...) [&](__VA_ARGS__) __attribute__((always_inline))
 
-// Calls f(channel, repeated) for vectors of W lanes that cover the channels, of which there are W at least. The last may
-// lap over the one before, so that there is no tail: its first `repeated` lanes were there already.
+// Channels begin .. end - 1 out of `all`, of which there are at least as many as lanes in a vector.
+struct Channels {
+  std::int64_t begin, end, all;
+};
+
+// Calls f(channel, repeated) for vectors of W lanes that cover the channels. The last of all may lap over the one before,
+// so that there is no tail: its first `repeated` lanes were there already.
 template <int W, class F>
-US3L_INLINE void for_vectors(std::int64_t channels, const F& f) {
-  std::int64_t c = 0;
-  for (; c + W <= channels; c += W) f(c, std::int64_t{0});
-  if (c < channels) f(channels - W, c - (channels - W));
+US3L_INLINE void for_vectors(const Channels& channels, const F& f) {
+  for (std::int64_t c = channels.begin; c < channels.end; c += W) {
+    const std::int64_t first = c + W <= channels.all ? c : channels.all - W;
+    f(first, c - first);
+  }
 }
 
 // What P neighbouring outputs of a row read of a row of the input, K neighbouring taps at a time.
@@ -45,17 +51,27 @@ struct Columns {
         if (j >= k && (j - k) % S == 0 && (j - k) / S < P) f(k, (j - k) / S, v);
     }
   }
+
+  // Asks for these columns of the row after the window, which the next output row reads: they are new to the cache, and
+  // too far apart for the hardware to foresee. With other strides it did not pay.
+  US3L_INLINE void prefetch(const T* row) const {
+    if constexpr (S == 1 && K > 1) {
+      US3L_UNROLL
+      for (int p = 0; p < P; ++p) __builtin_prefetch(row + (first + p) * pixel);
+    }
+  }
 };
 
 template <class T, int W, int K, int S, int P>
 void correlate_block(const Axis& axis, const Window<T>& x, const float* filters, const float* bias, const Line<T>& y,
                      std::int64_t output, std::int64_t channels) {
   const Columns<T, K, S, P> columns(axis, output, x.pixel);
-  for_vectors<W>(channels, US3L_LAMBDA(std::int64_t c, std::int64_t) {
+  for_vectors<W>({0, channels, channels}, US3L_LAMBDA(std::int64_t c, std::int64_t) {
     Float<W> sum[P];
     US3L_UNROLL
     for (int p = 0; p < P; ++p) sum[p] = load<W>(bias + c);
     const T* row = x.data + c;
+    columns.prefetch(row + x.rows * x.row);
     const float* filter = filters + c;
     for (std::int64_t r = 0; r < x.rows; ++r, row += x.row)
       for (std::int64_t t = 0; t < (K > 1 ? K : axis.taps); t += K, filter += K * channels) {
@@ -74,15 +90,16 @@ US3L_INLINE std::int64_t row_of_sums(std::int64_t channels) { return (channels +
 
 template <class T, int W, int K, int S, int P>
 void accumulate_block(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t output,
-                      std::int64_t channels) {
+                      const Channels& channels) {
   const Columns<T, K, S, P> columns(axis, output, x.pixel);
-  const std::int64_t sums_row = row_of_sums(channels);
+  const std::int64_t sums_row = row_of_sums(channels.all);
   for_vectors<W>(channels, US3L_LAMBDA(std::int64_t c, std::int64_t repeated) {
     Float<W> grad[P];
     const T* const upstream = dy.data + output * dy.pixel + c;
     US3L_UNROLL
     for (int p = 0; p < P; ++p) grad[p] = load<W>(upstream + p * dy.pixel);
     const T* row = x.data + c;
+    columns.prefetch(row + x.rows * x.row);
     float* to = sums + c + repeated;  // repeated lanes have a place of their own, that is not read
     for (std::int64_t r = 0; r < x.rows; ++r, row += x.row)
       for (std::int64_t t = 0; t < (K > 1 ? K : axis.taps); t += K, to += K * sums_row) {
@@ -101,8 +118,12 @@ template <int W>
 void flush_sums(float* sums, double* totals, std::int64_t count, std::int64_t channels) {
   const std::int64_t sums_row = row_of_sums(channels);
   for (std::int64_t n = 0; n < count; ++n, sums += sums_row, totals += channels)
-    for_vectors<W>(channels, US3L_LAMBDA(std::int64_t c, std::int64_t repeated) {
-      for (std::int64_t i = repeated; i < W; ++i) totals[c + i] += sums[c + repeated + i];
+    for_vectors<W>({0, channels, channels}, US3L_LAMBDA(std::int64_t c, std::int64_t repeated) {
+      const float* const from = sums + c + repeated;
+      if (repeated == 0)
+        for (int i = 0; i < W; ++i) totals[c + i] += from[i];
+      else
+        for (std::int64_t i = repeated; i < W; ++i) totals[c + i] += from[i];
       store<W>(sums + c + repeated, Float<W>{});
     });
 }
@@ -126,18 +147,32 @@ US3L_INLINE void for_blocks(std::int64_t count, const F& f) {
   }
 }
 
-// The same, with what fits the axis and the channels of W, K and S.
+// The same, with K and S out of the axis.
+template <int W, class F>
+US3L_INLINE void for_blocks(const Axis& axis, std::int64_t count, const F& f) {
+  if constexpr (W > 1) {
+    const std::int64_t taps = axis.step == 1 ? axis.taps : 0;
+    if (axis.stride == 1 && taps == 2) return for_blocks<W, 2, 1>(count, f);
+    if (axis.stride == 1 && taps == 3) return for_blocks<W, 3, 1>(count, f);
+    if (axis.stride == 1 && taps == 5) return for_blocks<W, 5, 1>(count, f);
+    if (axis.stride == 1 && taps == 7) return for_blocks<W, 7, 1>(count, f);
+    if (axis.stride == 2 && taps == 3) return for_blocks<W, 3, 2>(count, f);
+    if (axis.stride == 2 && taps == 5) return for_blocks<W, 5, 2>(count, f);
+  }
+  for_blocks<W, 1, 1>(count, f);
+}
+
+// For fewer channels than LANES: half vectors, where networks have layers of 8 channels; else one at a time.
+constexpr int kNarrow = LANES == 16 ? 8 : 1;
+
 template <class F>
 US3L_INLINE void for_blocks(const Axis& axis, std::int64_t channels, std::int64_t count, const F& f) {
-  if (channels < LANES / 2) return for_blocks<1, 1, 1>(count, f);
-  if (channels < LANES) return for_blocks<LANES / 2, 1, 1>(count, f);
-  const std::int64_t taps = axis.step == 1 ? axis.taps : 0;
-  if (axis.stride == 1 && taps == 2) return for_blocks<LANES, 2, 1>(count, f);
-  if (axis.stride == 1 && taps == 3) return for_blocks<LANES, 3, 1>(count, f);
-  if (axis.stride == 1 && taps == 5) return for_blocks<LANES, 5, 1>(count, f);
-  if (axis.stride == 2 && taps == 3) return for_blocks<LANES, 3, 2>(count, f);
-  if (axis.stride == 2 && taps == 5) return for_blocks<LANES, 5, 2>(count, f);
-  for_blocks<LANES, 1, 1>(count, f);
+  if (channels >= LANES)
+    for_blocks<LANES>(axis, count, f);
+  else if (channels >= kNarrow)
+    for_blocks<kNarrow>(axis, count, f);
+  else
+    for_blocks<1>(axis, count, f);
 }
 
 template <class T>
@@ -148,15 +183,21 @@ void correlate(const Axis& axis, const Window<T>& x, const float* filters, const
   });
 }
 
+// Some channels at a time, whose sums stay in the L1 cache along the row.
 template <class T>
 void accumulate(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t channels) {
-  for_blocks(axis, channels, dy.count, [&]<int W, int K, int S, int P>(std::int64_t output) {
-    accumulate_block<T, W, K, S, P>(axis, x, dy, sums, output, channels);
-  });
+  constexpr std::int64_t kSums = 2048;
+  const std::int64_t vectors = kSums / LANES / (x.rows * axis.taps + 1) + 1;
+  for (std::int64_t begin = 0; begin < channels; begin += vectors * LANES) {
+    const std::int64_t end = begin + vectors * LANES < channels ? begin + vectors * LANES : channels;
+    for_blocks(axis, channels, dy.count, [&]<int W, int K, int S, int P>(std::int64_t output) {
+      accumulate_block<T, W, K, S, P>(axis, x, dy, sums, output, {begin, end, channels});
+    });
+  }
 }
 
 void flush(float* sums, double* totals, std::int64_t count, std::int64_t channels) {
-  const auto pass = channels < LANES / 2 ? flush_sums<1> : channels < LANES ? flush_sums<LANES / 2> : flush_sums<LANES>;
+  const auto pass = channels >= LANES ? flush_sums<LANES> : channels >= kNarrow ? flush_sums<kNarrow> : flush_sums<1>;
   pass(sums, totals, count, channels);
 }
 
