@@ -292,7 +292,8 @@ def test_empty_batch() -> None:
 def test_the_automatic_choice() -> None:
     x, weight = images(2, 24, 9, 9), torch.randn(40, 1, 3, 3)
     arguments = {"out_channels": 24, "stride": [2, 2], "padding": [1, 1], "dilation": [1, 1], "groups": 40}
-    assert choose("conv2d", x, weight, **arguments) == "native"
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert choose("conv2d", x, weight, **arguments) == "native"
     assert choose("conv2d", x.contiguous(), weight, **arguments) == "aten"
     assert choose("conv2d", x.double(), weight.double(), **arguments) == "aten"
 
