@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -346,36 +343,3 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
 def test_bad_gradient() -> None:
     with pytest.raises(RuntimeError, match="grad: expected the images of the output"):
         Case.random(2, 16, 8, (5, 5), **STRIDED).backward(images(2, 8, 5, 5))
-
-
-FORCED = """
-import sys
-sys.path.insert(0, "tests/kernels")
-import test_native_gemm as t
-assert t._native.isa() == "{isa}", t._native.isa()
-t.torch.manual_seed(0)
-for geometry in ("3x3/2", "1x1", "asymmetric"):
-    for channels in (3, 72):
-        t.Case.random(2, channels, 40, (9, 8), **t.GEOMETRIES[geometry]).check()
-        t.Case.random(2, 40, channels, (6, 6), **t.GEOMETRIES[geometry], channels_last=False).check()
-"""
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    features = _native.cpu_features()
-    needed = {
-        "portable": [],
-        "avx2": ["avx2", "fma"],
-        "avx512": ["avx512f", "avx512bw", "avx512dq", "avx512vl"],
-    }
-    if not all(features.get(f) for f in needed[isa]):
-        pytest.skip(f"this CPU has no {isa}")
-    done = subprocess.run(
-        [sys.executable, "-c", FORCED.format(isa=isa)],
-        env={**os.environ, "US3L_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr

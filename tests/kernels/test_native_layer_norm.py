@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -264,35 +261,3 @@ def test_bad_input(change: dict[str, Tensor], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         torch.ops.us3l_native.layer_norm(x, weight, bias, EPS)
         torch.ops.us3l_native.layer_norm_backward(grad, x, weight, mean, rstd, None, None, True)
-
-
-FORCED = """
-import sys
-sys.path.insert(0, "tests/kernels")
-import test_native_layer_norm as t
-assert t._native.isa() == "{isa}", t._native.isa()
-t.torch.manual_seed(0)
-for dtype in (t.FLOAT, t.BF16):
-    for channels in (2, 7, 12, 24, 45, 3000):
-        t.Case.random((2, 5, channels), dtype).check()
-"""
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    features = _native.cpu_features()
-    needed = {
-        "portable": [],
-        "avx2": ["avx2", "fma"],
-        "avx512": ["avx512f", "avx512bw", "avx512dq", "avx512vl"],
-    }
-    if not all(features.get(f) for f in needed[isa]):
-        pytest.skip(f"this CPU has no {isa}")
-    done = subprocess.run(
-        [sys.executable, "-c", FORCED.format(isa=isa)],
-        env={**os.environ, "US3L_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr

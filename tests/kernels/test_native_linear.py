@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -206,36 +203,3 @@ def test_bad_input(change: dict[str, Tensor], message: str) -> None:
     good = {"x": torch.randn(5, 6), "weight": torch.randn(8, 6), "bias": None, "grad": torch.randn(5, 4)}
     with pytest.raises(RuntimeError, match=message):
         Case(**{**good, **change}).run()  # type: ignore[arg-type]
-
-
-FORCED = """
-import sys
-sys.path.insert(0, "tests/kernels")
-import test_native_linear as t
-assert t._native.isa() == "{isa}", t._native.isa()
-t.torch.manual_seed(0)
-for rows in (5, 64, 270):
-    for features in (3, 24, 139):
-        t.Case.random(rows, features, 40).check()
-        t.Case.random(rows, 40, features, transposed=True).check()
-"""
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    features = _native.cpu_features()
-    needed = {
-        "portable": [],
-        "avx2": ["avx2", "fma"],
-        "avx512": ["avx512f", "avx512bw", "avx512dq", "avx512vl"],
-    }
-    if not all(features.get(f) for f in needed[isa]):
-        pytest.skip(f"this CPU has no {isa}")
-    done = subprocess.run(
-        [sys.executable, "-c", FORCED.format(isa=isa)],
-        env={**os.environ, "US3L_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
