@@ -51,13 +51,21 @@ Tensor layer_norm_backward(const Tensor& grad, const Tensor& x, std::optional<Te
 
 // y = conv2d(x, weight[:out_channels, :c], bias[:out_channels]) with 3x3 filters, stride 1 and padding 1.
 //
-// x [N, c, H, W], float32, channels innermost, other strides free. weight [K, C, 3, 3] and bias [K], float32, any
-// strides. y is channels_last.
-Tensor conv2d_3x3(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::int64_t out_channels);
+// x [N, c, H, W], float32 or bfloat16, channels innermost, other strides free; everything is computed in float32. weight
+// [K, C, 3, 3] and bias [K], float32, any strides. y is channels_last. `filters`: what winograd_filters_(weight, false) gives,
+// which many calls can share until the weight changes; without it the active filters are transformed in the call.
+Tensor conv2d_3x3(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::int64_t out_channels,
+                  std::optional<Tensor> filters);
 
-// Adds to grad_weight[:k, :c] (any strides), where grad is [N, k, H, W]; returns dx, an empty tensor unless needed.
+// Adds to grad_weight[:k, :c] (float32, any strides), where grad is [N, k, H, W]; returns dx, an empty tensor unless
+// needed. `filters`: what winograd_filters_(weight, true) gives, or none.
 Tensor conv2d_3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                           std::optional<Tensor> grad_weight, bool need_grad_x);
+                           std::optional<Tensor> grad_weight, bool need_grad_x, std::optional<Tensor> filters);
+
+// `filters`, a float32 vector of winograd_filters_size elements, becomes all filters of a weight [K, C, 3, 3], float32,
+// transformed: four times its memory, laid out for the instruction set.
+std::int64_t winograd_filters_size(const Tensor& weight, bool input_channels_in_lanes);
+void winograd_filters_(Tensor filters, const Tensor& weight, bool input_channels_in_lanes);
 
 // y = conv2d(x, weight[:out_channels, :c], bias[:out_channels]), of any geometry; `groups` are the full layer's, and of
 // them those are active whose channels x has.

@@ -10,12 +10,14 @@ from us3l_kernels.backends import backend
 from us3l_kernels.convert import slim
 from us3l_kernels.dense import standalone
 from us3l_kernels.version import __version__
+from us3l_kernels.weight_cache import invalidate
 from us3l_kernels.width import set_width, use_width, views
 
 __all__ = [
     "__version__",
     "backend",
     "functional",
+    "invalidate",
     "nn",
     "optim",
     "set_width",

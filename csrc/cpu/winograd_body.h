@@ -3,6 +3,7 @@
 // nothing here may be a function of the standard library: the linker would keep one copy of it for all.
 
 #include "vector_body.h"
+#include "bfloat16_body.h"
 
 // ---------------------------------------------------------------------------------------------- one dimension
 
@@ -105,18 +106,26 @@ US3L_INLINE void transform_square(const Load& load, const Transform& transform, 
 
 // ---------------------------------------------------------------------------------------------- filters
 
+// Rows come by the lane: where that is the outer dimension of the filters, a row at a time would read a cache line of
+// each lane for one number of it, and they would push each other out.
 void transform_filters(Filters<const float> w, float* u, std::int64_t position) {
   using Vector = Float<LANES>;
-  for (std::int64_t r = 0; r < w.rows; ++r) {
-    float taps[9][LANES] = {};
-    const float* filter = w.data + r * w.row;
-    for (std::int64_t l = 0; l < w.lanes; ++l, filter += w.lane)
-      for (int t = 0; t < 9; ++t) taps[t][l] = filter[t / 3 * w.tap_y + t % 3 * w.tap_x];
-    float* const out = u + r * LANES;
-    transform_square<Vector, 3, 6>(
-        US3L_LAMBDA(int i, int j) { return load<LANES>(taps[i * 3 + j]); },
-        US3L_LAMBDA(Vector* v) { filter_transform(v); },
-        US3L_LAMBDA(int i, int j, Vector v) { store<LANES>(out + (i * 6 + j) * position, v); });
+  constexpr std::int64_t kRows = 16;
+  for (std::int64_t first = 0; first < w.rows; first += kRows) {
+    const std::int64_t rows = w.rows - first < kRows ? w.rows - first : kRows;
+    float taps[kRows][9][LANES] = {};
+    for (std::int64_t l = 0; l < w.lanes; ++l)
+      for (int t = 0; t < 9; ++t) {
+        const float* filter = w.data + first * w.row + l * w.lane + t / 3 * w.tap_y + t % 3 * w.tap_x;
+        for (std::int64_t r = 0; r < rows; ++r, filter += w.row) taps[r][t][l] = *filter;
+      }
+    for (std::int64_t r = 0; r < rows; ++r) {
+      float* const out = u + (first + r) * LANES;
+      transform_square<Vector, 3, 6>(
+          US3L_LAMBDA(int i, int j) { return load<LANES>(taps[r][i * 3 + j]); },
+          US3L_LAMBDA(Vector* v) { filter_transform(v); },
+          US3L_LAMBDA(int i, int j, Vector v) { store<LANES>(out + (i * 6 + j) * position, v); });
+    }
   }
 }
 
@@ -205,19 +214,106 @@ US3L_INLINE void for_window(const Window<S>& window, const F& f) {
     f(Inside<false>{});
 }
 
-// v = the transform of the window of each tile, zeros outside of the image.
-template <int S, class Transform>
-US3L_INLINE void transform_windows(const Grid& grid, Tiles tiles, const Pixels<const float>& x, Stack v,
-                                   std::int64_t margin, const Transform& transform) {
+// The pixels of a window as they are read: one outside of the image as the nearest one inside, and then masked.
+template <int S>
+struct Border {
+  std::int64_t row[S], pixel[S];
+  std::uint32_t mask[S][S];
+
+  template <class T>
+  US3L_INLINE void set(const Window<S>& window, const Pixels<T>& p) {
+    int top = S, bottom = 0, left = S, right = 0;
+    for (int i = 0; i < S; ++i)
+      for (int j = 0; j < S; ++j) {
+        mask[i][j] = window.has(i, j) ? ~std::uint32_t{0} : 0;
+        if (mask[i][j] == 0) continue;
+        top = i < top ? i : top;
+        bottom = i;
+        left = j < left ? j : left;
+        right = j > right ? j : right;
+      }
+    for (int i = 0; i < S; ++i) {
+      row[i] = (i < top ? top : i > bottom ? bottom : i) * p.row;
+      pixel[i] = (i < left ? left : i > right ? right : i) * p.pixel;
+    }
+  }
+};
+
+template <int W>
+US3L_INLINE Float<W> masked(Float<W> v, std::uint32_t mask) {
+  using Word = typename Lanes<W>::Word;
+  return (Float<W>)((Word)v & mask);
+}
+
+template <int W>
+US3L_INLINE Float<W> normalised(Float<W> x, const NormOnRead& norm, std::int64_t of_view, std::int64_t c) {
+  return (x - load<W>(norm.mean + of_view + c)) * load<W>(norm.scale + of_view + c) + load<W>(norm.bias + c);
+}
+
+// The value of a pixel as it goes into a transform: norms and rounding as the operation alone would do them.
+template <class T>
+struct Normalised {
+  const NormOnRead& norm;
+  std::int64_t of_view;  // the view's part of mean and scale
+
+  template <int W>
+  US3L_INLINE Float<W> operator()(Float<W> x, std::int64_t, std::int64_t c) const {
+    const Float<W> z = normalised<W>(x, norm, of_view, c);
+    return rounded<T, W>(z < 0.f ? Float<W>{} : z);
+  }
+};
+
+template <class T>
+struct AsItIs {
+  template <int W>
+  US3L_INLINE Float<W> operator()(Float<W> x, std::int64_t, std::int64_t) const {
+    return x;
+  }
+};
+
+template <class T, bool kMasked>
+struct NormGradient {
+  const NormBackwardOnRead<T>& backward;
+  std::int64_t of_view, corner;
+
+  // `pixel`: the distance from the window's corner, in a tensor like backward.x.
+  template <int W>
+  US3L_INLINE Float<W> operator()(Float<W> g, std::int64_t pixel, std::int64_t c) const {
+    const NormOnRead& norm = backward.norm;
+    const Float<W> x = load<W>(backward.x.data + corner + pixel + c);
+    const Float<W> centred = x - load<W>(norm.mean + of_view + c), scale = load<W>(norm.scale + of_view + c);
+    if constexpr (kMasked) {
+      const Float<W> z = rounded<T, W>(centred * scale + load<W>(norm.bias + c));
+      g = z <= 0.f ? Float<W>{} : g;
+    }
+    return rounded<T, W>(g * scale + (centred * load<W>(backward.slope + of_view + c) +
+                                      load<W>(backward.offset + of_view + c)));
+  }
+};
+
+// v = the transform of the window of each tile, zeros outside of the image. value_of(t) gives what is done to the values
+// of a tile as they are read.
+template <int S, class T, class ValueOf, class Transform>
+US3L_INLINE void transform_windows(const Grid& grid, Tiles tiles, const Pixels<const T>& x, Stack v,
+                                   std::int64_t margin, const ValueOf& value_of, const Transform& transform) {
   for_tiles<S>(grid, tiles, x, margin, US3L_LAMBDA(std::int64_t t, const Window<S>& window) {
+    const auto value = value_of(t, window);
     for_window(window, US3L_LAMBDA(auto inside) {
+      Border<S> border;
+      if constexpr (!decltype(inside)::value) border.set(window, x);
       for_channels(0, x.channels, US3L_LAMBDA(std::int64_t c, auto width) {
         constexpr int W = decltype(width)::value;
-        const float* const in = x.data + window.corner + c;
+        const T* const in = x.data + window.corner + c;
         float* const out = v.data + t * v.row + c;
         transform_square<Float<W>, S, 6>(
             US3L_LAMBDA(int i, int j) {
-              return decltype(inside)::value || window.has(i, j) ? load<W>(in + i * x.row + j * x.pixel) : Float<W>{};
+              if constexpr (decltype(inside)::value) {
+                const std::int64_t pixel = i * x.row + j * x.pixel;
+                return value.template operator()<W>(load<W>(in + pixel), pixel, c);
+              } else {
+                const std::int64_t pixel = border.row[i] + border.pixel[j];
+                return masked<W>(value.template operator()<W>(load<W>(in + pixel), pixel, c), border.mask[i][j]);
+              }
             },
             transform, US3L_LAMBDA(int i, int j, Float<W> value) { store<W>(out + (i * 6 + j) * v.position, value); });
       });
@@ -225,21 +321,52 @@ US3L_INLINE void transform_windows(const Grid& grid, Tiles tiles, const Pixels<c
   });
 }
 
-void transform_input(Grid grid, Tiles tiles, Pixels<const float> x, Stack v) {
-  transform_windows<6>(grid, tiles, x, v, 1, US3L_LAMBDA(auto* d) { input_transform(d); });
+// Where the numbers of a tile's view are.
+US3L_INLINE std::int64_t view_of(const Grid& grid, Tiles tiles, std::int64_t t, const NormOnRead& norm,
+                                 std::int64_t channels) {
+  return (tiles.first + t) / grid.tiles_of_image() / norm.images_of_view * channels;
 }
 
-void transform_gradient(Grid grid, Tiles tiles, Pixels<const float> dy, Stack m) {
-  transform_windows<4>(grid, tiles, dy, m, 0, US3L_LAMBDA(auto* d) { output_adjoint(d); });
+template <class T>
+void transform_input(Grid grid, Tiles tiles, Pixels<const T> x, const NormOnRead* norm, Stack v) {
+  const auto transform = US3L_LAMBDA(auto* d) { input_transform(d); };
+  if (norm == nullptr)
+    transform_windows<6>(grid, tiles, x, v, 1,
+                         US3L_LAMBDA(std::int64_t, const Window<6>&) { return AsItIs<T>{}; }, transform);
+  else
+    transform_windows<6>(grid, tiles, x, v, 1, US3L_LAMBDA(std::int64_t t, const Window<6>&) {
+      return Normalised<T>{*norm, view_of(grid, tiles, t, *norm, x.channels)};
+    }, transform);
 }
 
-void transform_output(Grid grid, Tiles tiles, Stack m, const float* bias, Pixels<float> y) {
+template <class T, bool kMasked>
+void transform_normalised_gradient(const Grid& grid, Tiles tiles, const Pixels<const T>& dy,
+                                   const NormBackwardOnRead<T>& norm, Stack m) {
+  transform_windows<4>(grid, tiles, dy, m, 0, US3L_LAMBDA(std::int64_t t, const Window<4>& window) {
+    return NormGradient<T, kMasked>{norm, view_of(grid, tiles, t, norm.norm, dy.channels), window.corner};
+  }, US3L_LAMBDA(auto* d) { output_adjoint(d); });
+}
+
+template <class T>
+void transform_gradient(Grid grid, Tiles tiles, Pixels<const T> dy, const NormBackwardOnRead<T>* norm, Stack m) {
+  if (norm == nullptr)
+    transform_windows<4>(grid, tiles, dy, m, 0,
+                         US3L_LAMBDA(std::int64_t, const Window<4>&) { return AsItIs<T>{}; },
+                         US3L_LAMBDA(auto* d) { output_adjoint(d); });
+  else if (norm->norm.bias == nullptr)
+    transform_normalised_gradient<T, false>(grid, tiles, dy, *norm, m);
+  else
+    transform_normalised_gradient<T, true>(grid, tiles, dy, *norm, m);
+}
+
+template <class T>
+void transform_output(Grid grid, Tiles tiles, Stack m, const float* bias, Pixels<T> y) {
   for_tiles<4>(grid, tiles, y, 0, US3L_LAMBDA(std::int64_t t, const Window<4>& window) {
     for_window(window, US3L_LAMBDA(auto inside) {
       for_channels(0, y.channels, US3L_LAMBDA(std::int64_t c, auto width) {
         constexpr int W = decltype(width)::value;
         const float* const in = m.data + t * m.row + c;
-        float* const out = y.data + window.corner + c;
+        T* const out = y.data + window.corner + c;
         const Float<W> offset = load<W>(bias + c);
         transform_square<Float<W>, 6, 4>(
             US3L_LAMBDA(int i, int j) { return load<W>(in + (i * 6 + j) * m.position); },
@@ -252,32 +379,45 @@ void transform_output(Grid grid, Tiles tiles, Stack m, const float* bias, Pixels
   });
 }
 
-void add_input_gradients(Grid grid, Tiles tiles, Stack v, Pixels<float> dx) {
-  for_tiles<6>(grid, tiles, dx, 1, US3L_LAMBDA(std::int64_t t, const Window<6>& window) {
+void add_input_gradients(Grid grid, Tiles tiles, Stack v, Accumulator dx, bool clear) {
+  const Pixels<float>& p = dx.pixels;
+  for_tiles<6>(grid, tiles, p, 1, US3L_LAMBDA(std::int64_t t, const Window<6>& window) {
     const std::int64_t image = (tiles.first + t) / grid.tiles_of_image();
-    if (image * grid.tiles_of_image() == tiles.first + t)
-      __builtin_memset(dx.data + image * dx.image, 0, grid.height * dx.row * sizeof(float));
+    float* const kept = p.data - image / dx.kept * dx.kept * p.image;
+    if (clear && image * grid.tiles_of_image() == tiles.first + t)
+      __builtin_memset(kept + image * p.image, 0, grid.height * p.row * sizeof(float));
     for_window(window, US3L_LAMBDA(auto inside) {
-      for_channels(0, dx.channels, US3L_LAMBDA(std::int64_t c, auto width) {
+      for_channels(0, p.channels, US3L_LAMBDA(std::int64_t c, auto width) {
         constexpr int W = decltype(width)::value;
         const float* const in = v.data + t * v.row + c;
-        float* const out = dx.data + window.corner + c;
+        float* const out = kept + window.corner + c;
         transform_square<Float<W>, 6, 6>(
             US3L_LAMBDA(int i, int j) { return load<W>(in + (i * 6 + j) * v.position); },
             US3L_LAMBDA(Float<W>* d) { input_adjoint(d); },
             US3L_LAMBDA(int i, int j, Float<W> value) {
               if (!decltype(inside)::value && !window.has(i, j)) return;
-              float* const p = out + i * dx.row + j * dx.pixel;
-              store<W>(p, load<W>(p) + value);
+              float* const target = out + i * p.row + j * p.pixel;
+              store<W>(target, load<W>(target) + value);
             });
       });
     });
   });
 }
 
+void to_bfloat16(const float* from, std::int64_t count, BFloat16* to) {
+  for_channels(0, count, US3L_LAMBDA(std::int64_t i, auto width) {
+    constexpr int W = decltype(width)::value;
+    store<W>(to + i, load<W>(from + i));
+  });
+}
+
 WinogradKernels winograd_kernels() {
-  return {transform_filters, add_filter_gradients, transform_input,
-          transform_output,  transform_gradient,   add_input_gradients};
+  return {transform_filters,
+          add_filter_gradients,
+          add_input_gradients,
+          to_bfloat16,
+          {transform_input<float>, transform_output<float>, transform_gradient<float>},
+          {transform_input<BFloat16>, transform_output<BFloat16>, transform_gradient<BFloat16>}};
 }
 
 #undef US3L_LAMBDA

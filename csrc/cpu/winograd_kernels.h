@@ -11,6 +11,7 @@
 
 #include "images.h"
 #include "isa.h"
+#include "rows.h"
 
 namespace us3l {
 
@@ -47,6 +48,40 @@ struct Filters {
   std::int64_t row, lane, tap_y, tap_x;  // distances in elements
 };
 
+// A batch norm with ReLU that is done where a value is read: max((x - mean) * scale + bias, 0). mean and scale are
+// [views][channels], bias is [channels]; a view is that many images. Outside of the images there are zeros all the same.
+struct NormOnRead {
+  const float *mean, *scale, *bias;
+  std::int64_t images_of_view;
+};
+
+// The backward of a batch norm, done where the gradient is read: g * scale + (x - mean) * slope + offset, where x is the
+// norm's input, and g the gradient where (x - mean) * scale + bias is positive; with bias null it is so everywhere.
+template <class T>
+struct NormBackwardOnRead {
+  Pixels<const T> x;
+  NormOnRead norm;
+  const float *slope, *offset;  // [views][channels]
+};
+
+// Images of sums that are being added up. Not all are there: image i is in the place i % kept.
+struct Accumulator {
+  Pixels<float> pixels;
+  std::int64_t kept;
+};
+
+template <class T>
+struct WinogradImages {
+  // v = B' x B, of norm(x) unless norm is null.
+  void (*transform_input)(Grid grid, Tiles tiles, Pixels<const T> x, const NormOnRead* norm, Stack v);
+
+  // y = A' m A + bias
+  void (*transform_output)(Grid grid, Tiles tiles, Stack m, const float* bias, Pixels<T> y);
+
+  // m = A dy A', where dy went back through the norm unless that is null.
+  void (*transform_gradient)(Grid grid, Tiles tiles, Pixels<const T> dy, const NormBackwardOnRead<T>* norm, Stack m);
+};
+
 struct WinogradKernels {
   // G w G' of one panel: at most `lanes` lanes, the rest is zero. u [36][rows][lanes], its positions `position` apart.
   void (*transform_filters)(Filters<const float> w, float* u, std::int64_t position);
@@ -54,12 +89,21 @@ struct WinogradKernels {
   // Adds G' u G, where u [36][rows][row] is the sum of `copies` such stacks.
   void (*add_filter_gradients)(Stack u, std::int64_t copies, std::int64_t copy, Filters<float> w);
 
-  void (*transform_input)(Grid grid, Tiles tiles, Pixels<const float> x, Stack v);             // v = B' x B
-  void (*transform_output)(Grid grid, Tiles tiles, Stack m, const float* bias, Pixels<float> y);  // y = A' m A + bias
-  void (*transform_gradient)(Grid grid, Tiles tiles, Pixels<const float> dy, Stack m);         // m = A dy A'
+  // dx += the overlapping sum of B v B'; with `clear` the first tile of an image sets that to zero before.
+  void (*add_input_gradients)(Grid grid, Tiles tiles, Stack v, Accumulator dx, bool clear);
 
-  // dx = the overlapping sum of B v B'. The tiles of an image come in order: its first one clears dx, which is dense.
-  void (*add_input_gradients)(Grid grid, Tiles tiles, Stack v, Pixels<float> dx);
+  void (*to_bfloat16)(const float* from, std::int64_t count, BFloat16* to);
+
+  WinogradImages<float> images;
+  WinogradImages<BFloat16> bfloat16_images;
+
+  template <class T>
+  const WinogradImages<T>& of() const {
+    if constexpr (sizeof(T) == sizeof(float))
+      return images;
+    else
+      return bfloat16_images;
+  }
 };
 
 namespace portable {

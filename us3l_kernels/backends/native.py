@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from us3l_kernels import _native
+from us3l_kernels import _native, weight_cache
 from us3l_kernels.backends import Backend
 
 native = torch.ops.us3l_native
@@ -62,11 +62,11 @@ def _algorithm(
 
 
 def _why_not_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry: Any) -> str | None:
-    if _algorithm(x, weight, **geometry) == "depthwise":
-        if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
-            return f"it takes float32 and bfloat16 x with float32 filters, x is {x.dtype} and the weight {weight.dtype}"
-    elif x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return f"it takes float32, x is {x.dtype} and the weight {weight.dtype}"
+    if _algorithm(x, weight, **geometry) == "product":
+        if x.dtype != torch.float32 or weight.dtype != torch.float32:
+            return f"it takes float32, x is {x.dtype} and the weight {weight.dtype}"
+    elif x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
+        return f"it takes float32 and bfloat16 x with float32 filters, x is {x.dtype} and the weight {weight.dtype}"
     return _why_not_channels_last(x)
 
 
@@ -132,6 +132,16 @@ def _why_not_layer_norm(x: Tensor, weight: Tensor | None) -> str | None:
     return _why_not_norm(x, weight)
 
 
+def _winograd_filters(weight: Tensor, input_channels_in_lanes: bool) -> Tensor | None:
+    """All filters of the weight, transformed and kept; None if a call should transform those it needs."""
+    return weight_cache.derived(
+        weight,
+        f"winograd, {'input' if input_channels_in_lanes else 'output'} channels in lanes",
+        size=lambda: native.winograd_filters_size(weight, input_channels_in_lanes),
+        fill=lambda filters: native.winograd_filters_(filters, weight, input_channels_in_lanes),
+    )
+
+
 class NativeBackend(Backend):
     name = "native"
     ops = ("conv2d", "linear", "batch_norm", "layer_norm")
@@ -177,7 +187,7 @@ class NativeBackend(Backend):
         if algorithm == "depthwise":
             y = native.depthwise_conv2d(x, weight, bias, stride, padding, dilation)
         elif algorithm == "winograd":
-            y = native.conv2d_3x3(x, weight, bias, out_channels)
+            y = native.conv2d_3x3(x, weight, bias, out_channels, _winograd_filters(weight, False))
         else:
             y = native.conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups)
         return y
@@ -210,7 +220,8 @@ class NativeBackend(Backend):
                 grad, x, weight, grad_weight, need_grad_x, stride, padding, dilation
             )
         else:
-            dx = native.conv2d_3x3_backward(grad, x, weight, grad_weight, need_grad_x)
+            filters = _winograd_filters(weight, True) if need_grad_x else None
+            dx = native.conv2d_3x3_backward(grad, x, weight, grad_weight, need_grad_x, filters)
         return dx if need_grad_x else None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
