@@ -9,18 +9,19 @@
 #include "scratch.h"
 
 namespace us3l {
+
+void check_filters(const char* op, const char* name, const Tensor& t, int64_t out, int64_t in) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float && t.size(0) >= out && t.size(1) >= in &&
+                      t.size(2) == 3 && t.size(3) == 3,
+                  op, ": ", name, ": expected float32 [>= ", out, ", >= ", in, ", 3, 3], got ", shape_of(t));
+}
+
 namespace {
 
 void check_winograd_images(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(
       t.dim() == 4 && (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16), op, ": ", name,
       ": expected float32 or bfloat16 [N, C, H, W], got ", shape_of(t));
-}
-
-void check_filters(const char* op, const char* name, const Tensor& t, int64_t out, int64_t in) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float && t.size(0) >= out && t.size(1) >= in &&
-                      t.size(2) == 3 && t.size(3) == 3,
-                  op, ": ", name, ": expected float32 [>= ", out, ", >= ", in, ", 3, 3], got ", shape_of(t));
 }
 
 // The distance of two of 36 parallel streams: an odd number of cache lines, or they would share few sets of the cache.
@@ -169,13 +170,14 @@ class InputGradients {
 
   void add(Range tiles, Stack v) {
     plan_.kernels.add_input_gradients(plan_.grid, {tiles.begin, tiles.end - tiles.begin}, v, sums_,
-                                      !work_.add_to_dx);
+                                      !kFloat || !work_.add_to_dx);
     const Range done{done_, tiles.end / plan_.grid.tiles_of_image()};
     if (done.begin == done.end) return;
     if constexpr (!kFloat) {
       const int64_t size = work_.dx->image;
       for (int64_t i = done.begin; i < done.end; ++i)
-        plan_.kernels.to_bfloat16(sums_.pixels.data + i % sums_.kept * size, size, work_.dx->data + i * size);
+        plan_.kernels.to_bfloat16(sums_.pixels.data + i % sums_.kept * size, size, work_.dx->data + i * size,
+                                  work_.add_to_dx);
     }
     if (work_.done) work_.done(part_, done);
     done_ = done.end;

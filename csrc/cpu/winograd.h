@@ -37,6 +37,9 @@ struct WinogradPlan {
   int64_t blocks(int64_t tiles) const;
 };
 
+// Checks weight [>= out, >= in, 3, 3], float32.
+void check_filters(const char* op, const char* name, const Tensor& t, int64_t out, int64_t in);
+
 // The active filters of a weight, as a matrix of rows x lanes; maybe with the transform of ALL its filters, of which
 // these are a prefix: `whole` rows, and that distance of two positions.
 struct WinogradFilters {
@@ -77,7 +80,7 @@ struct WinogradBackward {
   WinogradFilters w;                                    // with the input channels in the lanes
   const Filters<float>* dw = nullptr;                   // added to, unless null
   Pixels<T>* dx = nullptr;                              // dense
-  bool add_to_dx = false;                               // float only
+  bool add_to_dx = false;
   ImagesDone done;                                      // hears of dx's images
 };
 

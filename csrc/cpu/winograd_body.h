@@ -404,10 +404,11 @@ void add_input_gradients(Grid grid, Tiles tiles, Stack v, Accumulator dx, bool c
   });
 }
 
-void to_bfloat16(const float* from, std::int64_t count, BFloat16* to) {
+void to_bfloat16(const float* from, std::int64_t count, BFloat16* to, bool add) {
   for_channels(0, count, US3L_LAMBDA(std::int64_t i, auto width) {
     constexpr int W = decltype(width)::value;
-    store<W>(to + i, load<W>(from + i));
+    const Float<W> value = load<W>(from + i);
+    store<W>(to + i, add ? value + load<W>(to + i) : value);
   });
 }
 

@@ -92,7 +92,7 @@ struct WinogradKernels {
   // dx += the overlapping sum of B v B'; with `clear` the first tile of an image sets that to zero before.
   void (*add_input_gradients)(Grid grid, Tiles tiles, Stack v, Accumulator dx, bool clear);
 
-  void (*to_bfloat16)(const float* from, std::int64_t count, BFloat16* to);
+  void (*to_bfloat16)(const float* from, std::int64_t count, BFloat16* to, bool add);  // to = or += from
 
   WinogradImages<float> images;
   WinogradImages<BFloat16> bfloat16_images;
