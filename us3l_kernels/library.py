@@ -226,7 +226,7 @@ def first_derivative_only(name: str) -> Callable[[Callable[..., Any]], Callable[
     return decorate
 
 
-class _Gradients:
+class GradientDestinations:
     """Where the gradients of a layer's parameters go, and what is handed back to autograd."""
 
     def __init__(self, ctx: Any, positions: dict[int, Tensor | None]) -> None:
@@ -267,7 +267,7 @@ def _product(name: str) -> type[torch.autograd.Function]:
         @first_derivative_only(name)
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, weight, bias = ctx.saved_tensors
-            parameters = _Gradients(ctx, {1: weight, 2: bias})
+            parameters = GradientDestinations(ctx, {1: weight, 2: bias})
             need_grad_x = ctx.needs_input_grad[0]
             # args: the number of active outputs, which the gradient shows, and what the backward needs as well.
             dx = backward_op(grad, x, weight, *parameters.into, need_grad_x, *ctx.args[1:])
@@ -305,7 +305,7 @@ class _BatchNorm(torch.autograd.Function):
             return (None,) * (6 + len(ctx.args))
         x, y, weight, bias, mean, rstd = ctx.saved_tensors
         training, _, _, views, activation, backend = ctx.args
-        parameters = _Gradients(ctx, {1: weight, 2: bias})
+        parameters = GradientDestinations(ctx, {1: weight, 2: bias})
         need_grad_x, need_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         dx, dresidual = ops.batch_norm_backward(
             grad,
@@ -352,7 +352,7 @@ class _LayerNorm(torch.autograd.Function):
         if grad is None:
             return (None,) * (3 + len(ctx.args))
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        parameters = _Gradients(ctx, {1: weight, 2: bias})
+        parameters = GradientDestinations(ctx, {1: weight, 2: bias})
         need_grad_x = ctx.needs_input_grad[0]
         dx = ops.layer_norm_backward(grad, x, weight, mean, rstd, *parameters.into, need_grad_x, ctx.args[-1])
         return (dx if need_grad_x else None, *parameters.returned, *[None] * len(ctx.args))

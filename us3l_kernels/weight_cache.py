@@ -96,8 +96,8 @@ def derived(parameter: Tensor, kind: str, *, size: Callable[[], int], fill: Call
                 entry.checksum = _checksum(parameter)
         elif _cache.check and entry.checksum != _checksum(parameter):
             raise RuntimeError(
-                f"a parameter of shape {tuple(parameter.shape)} was changed in a way that torch does not count (through "
-                "`.data` or another alias of its memory): call us3l_kernels.invalidate(model) after such changes"
+                f"a parameter of shape {tuple(parameter.shape)} was changed in a way that torch does not count "
+                "(through `.data`, or another alias of its memory): call us3l_kernels.invalidate(model) after that"
             )
         return entry.data
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from us3l.models.backbone import Backbone
 from us3l.models.layers import Layers, initialise
-from us3l_kernels.nn import SlicedLinear
+from us3l_kernels.nn import SlicedLinear, residual_block
 
 
 class BasicBlock(nn.Module):
@@ -30,9 +30,8 @@ class BasicBlock(nn.Module):
         self.downsample = _downsample(in_channels, channels, stride, layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x))
         residual = x if self.downsample is None else self.downsample(x)
-        return self.bn2(self.conv2(y), residual)
+        return residual_block(x, residual, self.conv1, self.bn1, self.conv2, self.bn2)
 
 
 class Bottleneck(nn.Module):

@@ -132,7 +132,7 @@ def _why_not_layer_norm(x: Tensor, weight: Tensor | None) -> str | None:
     return _why_not_norm(x, weight)
 
 
-def _winograd_filters(weight: Tensor, input_channels_in_lanes: bool) -> Tensor | None:
+def winograd_filters(weight: Tensor, input_channels_in_lanes: bool) -> Tensor | None:
     """All filters of the weight, transformed and kept; None if a call should transform those it needs."""
     return weight_cache.derived(
         weight,
@@ -187,7 +187,7 @@ class NativeBackend(Backend):
         if algorithm == "depthwise":
             y = native.depthwise_conv2d(x, weight, bias, stride, padding, dilation)
         elif algorithm == "winograd":
-            y = native.conv2d_3x3(x, weight, bias, out_channels, _winograd_filters(weight, False))
+            y = native.conv2d_3x3(x, weight, bias, out_channels, winograd_filters(weight, False))
         else:
             y = native.conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups)
         return y
@@ -220,7 +220,7 @@ class NativeBackend(Backend):
                 grad, x, weight, grad_weight, need_grad_x, stride, padding, dilation
             )
         else:
-            filters = _winograd_filters(weight, True) if need_grad_x else None
+            filters = winograd_filters(weight, True) if need_grad_x else None
             dx = native.conv2d_3x3_backward(grad, x, weight, grad_weight, need_grad_x, filters)
         return dx if need_grad_x else None
 

@@ -7,6 +7,7 @@ from us3l_kernels.nn.compat import SlimmableConv2d, SlimmableLinear, USBatchNorm
 from us3l_kernels.nn.conv import SlicedConv2d
 from us3l_kernels.nn.layer_norm import SlicedLayerNorm
 from us3l_kernels.nn.linear import SlicedLinear, SlicedQKV
+from us3l_kernels.nn.residual import residual_block
 
 __all__ = [
     "SlicedBatchNorm1d",
@@ -23,5 +24,6 @@ __all__ = [
     "USLinear",
     "calibrating",
     "load_statistics",
+    "residual_block",
     "statistics",
 ]

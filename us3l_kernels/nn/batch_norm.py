@@ -80,6 +80,11 @@ class SlicedBatchNorm(Sliced, _Norm):
         self.forget_calibration()
         return self._train(x, residual, current_views())
 
+    def uses_batch_statistics_alone(self) -> bool:
+        """Whether forward, as things stand, normalises with the statistics of its batch and keeps nothing of them."""
+        running = self.track_running_stats and self.width_key == self.running_key
+        return self.training and self.moments is None and not running and not self.sync
+
     def forget_calibration(self) -> None:
         """Drop the calibrated statistics, unless some are being taken."""
         if self.calibrated and self.moments is None:
