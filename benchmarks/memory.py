@@ -14,6 +14,7 @@ import torch
 from benchmarks.harness import report
 from benchmarks.rivals import Settings, initial_weights
 from benchmarks.step import make_side, random_images
+from us3l_kernels.weight_cache import cached_bytes
 
 RIVALS = ("published", "eager", "standalone")
 STEPS = 4
@@ -77,7 +78,7 @@ def side_readings(
     return {
         "made_mb": made - before,
         "peak_mb": _status("VmHWM") - before,
-        "weight_cache_mb": weight_cache_bytes() / 2**20 if name == "us3l" else 0.0,
+        "weight_cache_mb": cached_bytes() / 2**20 if name == "us3l" else 0.0,
     }
 
 
@@ -87,8 +88,3 @@ def _status(field: str) -> float:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
     raise LookupError(f"/proc/self/status has no {field}")
-
-
-def weight_cache_bytes() -> int:
-    """Bytes of transformed weights that us3l_kernels keeps between calls: none so far."""
-    return 0

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from us3l import checkpoint as checkpoints
+from us3l.allocator import keep_freed_memory
 from us3l.config import Config, OptimizerConfig, differences, to_dict, to_yaml, validate
 from us3l.data import make_data
 from us3l.distributed import SINGLE, World
@@ -153,6 +154,8 @@ class Trainer:
         self.on_epoch = on_epoch
         self.console = (console or Console()) if world.is_main else Console(quiet=True)
         self.device = resolve_device(config.train.device, world.local_rank)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
         torch.manual_seed(config.train.seed)

@@ -170,6 +170,13 @@ Pixels<const T> read(Pixels<T> p) {
   return {p.data, p.channels, p.image, p.row, p.pixel};
 }
 
+// The pixels of a dense tensor; its own strides say nothing in dimensions of size 1.
+template <class T>
+Pixels<const T> read_dense(const Tensor& t) {
+  const int64_t channels = t.size(1), row = t.size(3) * channels;
+  return {static_cast<const T*>(t.const_data_ptr()), channels, t.size(2) * row, row, channels};
+}
+
 // c = conv(norm(x)), and the statistics of c.
 template <class T>
 void convolve(const Tensor& x, const NormOnRead* norm, const WinogradFilters& w, const WinogradPlan& plan, double eps,
@@ -233,10 +240,10 @@ void block_backward(const Tensor& grad, const Tensor& x, const Tensor& y, const 
   const WinogradPlan plan2(c1, c2.size(1));
   Tensor da1 = new_images(c1, c1.size(1), c1.size(2), c1.size(3));
   Pixels<T> da1_pixels = dense_pixels<T>(da1);
-  GradientSums<T> sums(read(da1_pixels), pixels<T>(c1), rows_of_image, plan2.threads, norm1);
+  GradientSums<T> sums(read(da1_pixels), read_dense<T>(c1), rows_of_image, plan2.threads, norm1);
   const NormOnRead norm1_on_read = norm1.on_read();
-  const NormBackwardOnRead<T> norm2_on_read = norm2.backward_on_read<T>(pixels<T>(c2), false);
-  WinogradBackward<T> second{pixels<T>(c1), read(dense_pixels<T>(dresidual))};
+  const NormBackwardOnRead<T> norm2_on_read = norm2.backward_on_read<T>(read_dense<T>(c2), false);
+  WinogradBackward<T> second{read_dense<T>(c1), read(dense_pixels<T>(dresidual))};
   second.norm_of_x = &norm1_on_read;
   second.norm_of_dy = &norm2_on_read;
   second.w = winograd_filters_of(op, plan2, weight2, filters2, true);
@@ -254,7 +261,7 @@ void block_backward(const Tensor& grad, const Tensor& x, const Tensor& y, const 
     return;
   }
   const WinogradPlan plan1(x, c1.size(1));
-  const NormBackwardOnRead<T> norm1_backward = norm1.backward_on_read<T>(pixels<T>(c1), true);
+  const NormBackwardOnRead<T> norm1_backward = norm1.backward_on_read<T>(read_dense<T>(c1), true);
   Pixels<T> dx_pixels{};
   WinogradBackward<T> first{pixels<T>(x), read(da1_pixels)};
   first.norm_of_dy = &norm1_backward;

@@ -88,6 +88,8 @@ CASES = [
     (64, 64, 1, 2, 32, 32, 2, 0.25),
     (200, 200, 1, 4, 4, 4, 2, 1.0),  # few tiles, many channels: the products are shared out by position
     (16, 24, 1, 3, 13, 6, 3, 1.0),
+    (16, 16, 2, 8, 2, 2, 2, 1.0),  # one pixel to an image: strides say nothing then
+    (24, 24, 1, 2, 1, 40, 1, 1.0),
 ]
 
 

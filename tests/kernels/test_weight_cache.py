@@ -192,7 +192,7 @@ def test_a_convolution_of_every_width_follows_its_weight(cache: weight_cache._Ca
             upstream = torch.randn_like(y)
             y.backward(upstream)
             expected.backward(upstream.double())
-            for given, wanted in ((y, expected), (x.grad, wide.grad)):
+            for given, wanted in ((y.detach(), expected.detach()), (x.grad, wide.grad)):
                 torch.testing.assert_close(given.double(), wanted, rtol=0, atol=5e-6 * float(wanted.abs().max()))
         assert cache.bytes() > 0
         optimizer.step()

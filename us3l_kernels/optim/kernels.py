@@ -39,6 +39,8 @@ def _why_not(op: str, params: Sequence[Tensor], others: Sequence[Sequence[Tensor
         return f"there is none for tensors on {device}"
     if (_native.load_cuda() if on_cuda else _native.load()) is None:
         return f"the compiled library is not there ({_native.why_cuda if on_cuda else _native.why})"
+    if not on_cuda:
+        _native.isa()  # a US3L_ISA that this CPU does not have is an error
     for tensors in (params, *others):
         for param, tensor in zip(params, tensors, strict=False):  # a list may be empty
             if tensor.dtype is not torch.float32 or tensor.device != device:
