@@ -67,6 +67,17 @@ Tensor conv2d_3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& we
 std::int64_t winograd_filters_size(const Tensor& weight, bool input_channels_in_lanes);
 void winograd_filters_(Tensor filters, const Tensor& weight, bool input_channels_in_lanes);
 
+// y = conv2d(x, weight[:out_channels, :c], bias[:out_channels]) with 3x3 filters, stride 2 and padding 1.
+//
+// x [N, c, H, W], float32, channels innermost, other strides free. weight [K, C, 3, 3] and bias [K], float32, any strides.
+// y is channels_last.
+Tensor conv2d_3x3_stride2(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::int64_t out_channels);
+
+// Adds to grad_weight[:k, :c] (float32, any strides), where grad is [N, k, (H + 1) / 2, (W + 1) / 2]; returns dx, an empty
+// tensor unless needed.
+Tensor conv2d_3x3_stride2_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                   std::optional<Tensor> grad_weight, bool need_grad_x);
+
 // y = conv2d(x, weight[:out_channels, :c], bias[:out_channels]), of any geometry; `groups` are the full layer's, and of
 // them those are active whose channels x has.
 //

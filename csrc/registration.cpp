@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
   m.def(
       "conv2d_3x3_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, bool need_grad_x, "
       "Tensor? filters) -> Tensor");
+  m.def("conv2d_3x3_stride2(Tensor x, Tensor weight, Tensor? bias, int out_channels) -> Tensor");
+  m.def(
+      "conv2d_3x3_stride2_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, bool need_grad_x) "
+      "-> Tensor");
   m.def("winograd_filters_size(Tensor weight, bool input_channels_in_lanes) -> int");
   m.def("winograd_filters_(Tensor(a!) filters, Tensor weight, bool input_channels_in_lanes) -> ()");
   m.def(
@@ -68,6 +72,8 @@ STABLE_TORCH_LIBRARY_IMPL(us3l_native, CPU, m) {
   m.impl("layer_norm_backward", TORCH_BOX(&us3l::layer_norm_backward));
   m.impl("conv2d_3x3", TORCH_BOX(&us3l::conv2d_3x3));
   m.impl("conv2d_3x3_backward", TORCH_BOX(&us3l::conv2d_3x3_backward));
+  m.impl("conv2d_3x3_stride2", TORCH_BOX(&us3l::conv2d_3x3_stride2));
+  m.impl("conv2d_3x3_stride2_backward", TORCH_BOX(&us3l::conv2d_3x3_stride2_backward));
   m.impl("winograd_filters_size", TORCH_BOX(&us3l::winograd_filters_size));
   m.impl("winograd_filters_", TORCH_BOX(&us3l::winograd_filters_));
   m.impl("conv2d", TORCH_BOX(&us3l::conv2d));

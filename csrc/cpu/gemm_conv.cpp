@@ -444,14 +444,7 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
   STD_TORCH_CHECK(channels_innermost(x), op, ": x: expected channels innermost (channels_last)");
   const int64_t active = active_groups(op, x, weight, out_channels, groups);
   const Geometry geometry = geometry_of(op, stride, padding, dilation);
-  std::vector<float> offset;
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->scalar_type() == ScalarType::Float && bias->size(0) >= out_channels, op,
-                    ": bias: expected a float32 vector of at least ", out_channels, " elements, got ",
-                    shape_of(*bias));
-    for (int64_t k = 0; k < out_channels; ++k)
-      offset.push_back(bias->const_data_ptr<float>()[k * bias->stride(0)]);
-  }
+  const std::vector<float> offset = bias_of(op, bias, out_channels);
   Tensor y = new_images(x, out_channels, output_size(x.size(2), weight.size(2), geometry, 0),
                         output_size(x.size(3), weight.size(3), geometry, 1));
   if (y.numel() == 0) return y;

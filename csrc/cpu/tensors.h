@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "images.h"
 #include "rows.h"
@@ -75,6 +76,16 @@ Rows<const T> rows_of(const Tensor& t, int64_t channels) {
 template <class T>
 Rows<T> rows_of(Tensor& t, int64_t channels) {
   return {static_cast<T*>(t.mutable_data_ptr()), row_stride(t, channels)};
+}
+
+// The active part of a bias as a dense vector; zeros for none.
+inline std::vector<float> bias_of(const char* op, const std::optional<Tensor>& bias, int64_t channels) {
+  std::vector<float> offset(channels);
+  if (!bias.has_value()) return offset;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->scalar_type() == ScalarType::Float && bias->size(0) >= channels, op,
+                  ": bias: expected a float32 vector of at least ", channels, " elements, got ", shape_of(*bias));
+  for (int64_t k = 0; k < channels; ++k) offset[k] = bias->const_data_ptr<float>()[k * bias->stride(0)];
+  return offset;
 }
 
 inline bool channels_innermost(const Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1; }

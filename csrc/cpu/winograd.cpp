@@ -24,15 +24,6 @@ void check_winograd_images(const char* op, const char* name, const Tensor& t) {
       ": expected float32 or bfloat16 [N, C, H, W], got ", shape_of(t));
 }
 
-// The distance of two of 36 parallel streams: an odd number of cache lines, or they would share few sets of the cache.
-int64_t odd_lines(int64_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }
-
-// Rows of transformed tiles; those of a multiple of 512 bytes get a line more, against the same sharing of sets.
-int64_t row_of(int64_t channels) {
-  const int64_t row = round_up(channels, 16);
-  return row % 128 == 0 ? row + 16 : row;
-}
-
 // Memory for a Stack.
 struct StackMemory : Stack {
   StackMemory(Scratch::Slot slot, int64_t tiles, int64_t channels)
@@ -406,13 +397,7 @@ Tensor conv2d_3x3(const Tensor& x, const Tensor& weight, std::optional<Tensor> b
   const char* op = "conv2d_3x3";
   check_winograd_images(op, "x", x);
   STD_TORCH_CHECK(channels_innermost(x), op, ": x: expected channels innermost (channels_last)");
-  std::vector<float> offset(out_channels);
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->scalar_type() == ScalarType::Float && bias->size(0) >= out_channels, op,
-                    ": bias: expected a float32 vector of at least ", out_channels, " elements, got ",
-                    shape_of(*bias));
-    for (int64_t k = 0; k < out_channels; ++k) offset[k] = bias->const_data_ptr<float>()[k * bias->stride(0)];
-  }
+  const std::vector<float> offset = bias_of(op, bias, out_channels);
   const WinogradPlan plan(x, out_channels);
   const WinogradFilters w = winograd_filters_of(op, plan, weight, filters, false);
   Tensor y = new_images(x, out_channels, x.size(2), x.size(3));

@@ -4,6 +4,7 @@
 
 #include "vector_body.h"
 #include "bfloat16_body.h"
+#include "winograd_tiles_body.h"
 
 // ---------------------------------------------------------------------------------------------- one dimension
 
@@ -79,171 +80,25 @@ US3L_INLINE void filter_adjoint(V* u) {  // G': 6 -> 3
   u[2] = kA2 * even_a + kB2 * even_b + u[5];
 }
 
-// The two dimensions of a transform, I x I -> O x O: columns as they come from load(i, j), then rows, which go to
-// store(i, j, value).
-template <class V, int I, int O, class Load, class Transform, class Store>
-US3L_INLINE void transform_square(const Load& load, const Transform& transform, const Store& store) {
-  constexpr int kLarger = I > O ? I : O;
-  V square[O][kLarger];
-  US3L_UNROLL
-  for (int j = 0; j < I; ++j) {
-    V column[kLarger];
-    US3L_UNROLL
-    for (int i = 0; i < I; ++i) column[i] = load(i, j);
-    transform(column);
-    US3L_UNROLL
-    for (int i = 0; i < O; ++i) square[i][j] = column[i];
-  }
-  US3L_UNROLL
-  for (int i = 0; i < O; ++i) {
-    transform(square[i]);
-    US3L_UNROLL
-    for (int j = 0; j < O; ++j) store(i, j, square[i][j]);
-  }
-}
-
-#define US3L_LAMBDA(...) [&](__VA_ARGS__) __attribute__((always_inline))
-
 // ---------------------------------------------------------------------------------------------- filters
 
-// Rows come by the lane: where that is the outer dimension of the filters, a row at a time would read a cache line of
-// each lane for one number of it, and they would push each other out.
 void transform_filters(Filters<const float> w, float* u, std::int64_t position) {
-  using Vector = Float<LANES>;
-  constexpr std::int64_t kRows = 16;
-  for (std::int64_t first = 0; first < w.rows; first += kRows) {
-    const std::int64_t rows = w.rows - first < kRows ? w.rows - first : kRows;
-    float taps[kRows][9][LANES] = {};
-    for (std::int64_t l = 0; l < w.lanes; ++l)
-      for (int t = 0; t < 9; ++t) {
-        const float* filter = w.data + first * w.row + l * w.lane + t / 3 * w.tap_y + t % 3 * w.tap_x;
-        for (std::int64_t r = 0; r < rows; ++r, filter += w.row) taps[r][t][l] = *filter;
-      }
-    for (std::int64_t r = 0; r < rows; ++r) {
-      float* const out = u + (first + r) * LANES;
-      transform_square<Vector, 3, 6>(
-          US3L_LAMBDA(int i, int j) { return load<LANES>(taps[r][i * 3 + j]); },
-          US3L_LAMBDA(Vector* v) { filter_transform(v); },
-          US3L_LAMBDA(int i, int j, Vector v) { store<LANES>(out + (i * 6 + j) * position, v); });
-    }
-  }
+  transform_taps<6>(w, US3L_LAMBDA(auto* v) { filter_transform(v); },
+                    US3L_LAMBDA(std::int64_t row, int i, int j, Float<LANES> v) {
+                      store<LANES>(u + row * LANES + (i * 6 + j) * position, v);
+                    });
 }
 
 void add_filter_gradients(Stack u, std::int64_t copies, std::int64_t copy, Filters<float> w) {
-  using Vector = Float<LANES>;
-  for (std::int64_t r = 0; r < w.rows; ++r)
-    for (std::int64_t first = 0; first < w.lanes; first += LANES) {
-      float taps[9][LANES];
-      const float* const in = u.data + r * u.row + first;
-      transform_square<Vector, 6, 3>(
-          US3L_LAMBDA(int i, int j) {
-            const float* const p = in + (i * 6 + j) * u.position;
-            Vector sum = load<LANES>(p);
-            for (std::int64_t n = 1; n < copies; ++n) sum += load<LANES>(p + n * copy);
-            return sum;
-          },
-          US3L_LAMBDA(Vector* v) { filter_adjoint(v); },
-          US3L_LAMBDA(int i, int j, Vector v) { store<LANES>(taps[i * 3 + j], v); });
-      const std::int64_t lanes = w.lanes - first < LANES ? w.lanes - first : LANES;
-      for (int t = 0; t < 9; ++t) {
-        float* out = w.data + r * w.row + first * w.lane + t / 3 * w.tap_y + t % 3 * w.tap_x;
-        for (std::int64_t l = 0; l < lanes; ++l, out += w.lane) *out += taps[t][l];
-      }
-    }
+  add_taps<6>(w, US3L_LAMBDA(std::int64_t row, std::int64_t lane, int i, int j) {
+    const float* const p = u.data + row * u.row + lane + (i * 6 + j) * u.position;
+    Float<LANES> sum = load<LANES>(p);
+    for (std::int64_t n = 1; n < copies; ++n) sum += load<LANES>(p + n * copy);
+    return sum;
+  }, US3L_LAMBDA(auto* v) { filter_adjoint(v); });
 }
 
 // ---------------------------------------------------------------------------------------------- tiles
-
-// A window of S x S pixels of an image, with the distance of its corner from the first element.
-template <int S>
-struct Window {
-  std::int64_t corner;
-  std::uint64_t inside;  // bit i * S + j: whether that pixel lies in the image
-
-  static constexpr std::uint64_t kAll = (std::uint64_t{1} << S * S) - 1;
-  bool has(int i, int j) const { return inside >> (i * S + j) & 1; }
-};
-
-// Calls f(t, window) for each of the tiles, with the window of S x S pixels whose corner is `margin` before the tile's.
-template <int S, class T, class F>
-US3L_INLINE void for_tiles(const Grid& grid, Tiles tiles, const Pixels<T>& pixels, std::int64_t margin, const F& f) {
-  std::int64_t image = tiles.first / grid.tiles_of_image();
-  std::int64_t row = tiles.first % grid.tiles_of_image() / grid.columns, column = tiles.first % grid.columns;
-  for (std::int64_t t = 0; t < tiles.count; ++t) {
-    const std::int64_t y = 4 * row - margin, x = 4 * column - margin;
-    const std::int64_t top = y < 0 ? -y : 0, left = x < 0 ? -x : 0;
-    const std::int64_t bottom = grid.height - y < S ? grid.height - y : S;
-    const std::int64_t right = grid.width - x < S ? grid.width - x : S;
-    const std::uint64_t line = ((std::uint64_t{1} << right) - 1) >> left << left;
-    std::uint64_t inside = 0;
-    for (std::int64_t i = top; i < bottom; ++i) inside |= line << (i * S);
-    f(t, Window<S>{image * pixels.image + y * pixels.row + x * pixels.pixel, inside});
-    if (++column == grid.columns) {
-      column = 0;
-      if (++row == grid.rows) {
-        row = 0;
-        ++image;
-      }
-    }
-  }
-}
-
-// Calls f(channel, Width<W>) for vectors of W lanes that together cover [channel, end).
-template <int W>
-struct Width {
-  static constexpr int value = W;
-};
-
-template <int W = LANES, class F>
-US3L_INLINE void for_channels(std::int64_t channel, std::int64_t end, const F& f) {
-  for (; channel + W <= end; channel += W) f(channel, Width<W>{});
-  if constexpr (W > 1) for_channels<W / 2>(channel, end, f);
-}
-
-// Calls f(Inside) with Inside::value true if the whole window is in the image: the usual case, without conditions.
-template <bool kInside>
-struct Inside {
-  static constexpr bool value = kInside;
-};
-
-template <int S, class F>
-US3L_INLINE void for_window(const Window<S>& window, const F& f) {
-  if (window.inside == Window<S>::kAll)
-    f(Inside<true>{});
-  else
-    f(Inside<false>{});
-}
-
-// The pixels of a window as they are read: one outside of the image as the nearest one inside, and then masked.
-template <int S>
-struct Border {
-  std::int64_t row[S], pixel[S];
-  std::uint32_t mask[S][S];
-
-  template <class T>
-  US3L_INLINE void set(const Window<S>& window, const Pixels<T>& p) {
-    int top = S, bottom = 0, left = S, right = 0;
-    for (int i = 0; i < S; ++i)
-      for (int j = 0; j < S; ++j) {
-        mask[i][j] = window.has(i, j) ? ~std::uint32_t{0} : 0;
-        if (mask[i][j] == 0) continue;
-        top = i < top ? i : top;
-        bottom = i;
-        left = j < left ? j : left;
-        right = j > right ? j : right;
-      }
-    for (int i = 0; i < S; ++i) {
-      row[i] = (i < top ? top : i > bottom ? bottom : i) * p.row;
-      pixel[i] = (i < left ? left : i > right ? right : i) * p.pixel;
-    }
-  }
-};
-
-template <int W>
-US3L_INLINE Float<W> masked(Float<W> v, std::uint32_t mask) {
-  using Word = typename Lanes<W>::Word;
-  return (Float<W>)((Word)v & mask);
-}
 
 template <int W>
 US3L_INLINE Float<W> normalised(Float<W> x, const NormOnRead& norm, std::int64_t of_view, std::int64_t c) {
@@ -420,5 +275,3 @@ WinogradKernels winograd_kernels() {
           {transform_input<float>, transform_output<float>, transform_gradient<float>},
           {transform_input<BFloat16>, transform_output<BFloat16>, transform_gradient<BFloat16>}};
 }
-
-#undef US3L_LAMBDA

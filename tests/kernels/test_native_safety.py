@@ -167,11 +167,16 @@ def convolution(integer: Integer, kind: str) -> Problem:
     if kind == "winograd":
         kernel = [3, 3]
         stride, padding, dilation = [1, 1], [1, 1], [1, 1]
+    elif kind == "winograd_stride2":
+        kernel = [3, 3]
+        stride, padding, dilation = [2, 2], [1, 1], [1, 1]
     else:
         kernel = [integer(1, 5), integer(1, 5)]
         stride, dilation = [integer(1, 3), integer(1, 3)], [integer(1, 2), integer(1, 2)]
         padding = [integer(0, 3), integer(0, 3)]
-    size = [max(1, dilation[d] * (kernel[d] - 1) + 1 - 2 * padding[d]) + integer(0, 11) for d in (0, 1)]
+    # 32 tiles of 4x4 outputs and 16 channels are what it takes to be transformed with stride 2.
+    images, least = (integer(8, 40), 9) if kind == "winograd_stride2" else (integer(1, 4), 1)
+    size = [max(least, dilation[d] * (kernel[d] - 1) + 1 - 2 * padding[d]) + integer(0, 11) for d in (0, 1)]
     if kind in ("depthwise", "grouped"):
         per_group = (1, 1) if kind == "depthwise" else (integer(1, 9), integer(1, 9))
         active = integer(1, 40 if kind == "depthwise" else 4)
@@ -179,16 +184,16 @@ def convolution(integer: Integer, kind: str) -> Problem:
         channels, out = active * per_group[0], active * per_group[1]
         full, prefix = (groups * per_group[1], per_group[0], *kernel), (out, per_group[0], *kernel)
     else:
-        channels, out, groups = integer(1, 40), integer(1, 40), 1
+        channels, out, groups = integer(16 if kind == "winograd_stride2" else 1, 40), integer(1, 40), 1
         prefix = (out, channels, *kernel)
         full = (out + integer(0, 3), channels + integer(0, 3), *kernel)
     fan = prefix[1] * kernel[0] * kernel[1]
-    dtype = BF16 if kind != "winograd" and integer(0, 3) == 0 else FLOAT
+    dtype = BF16 if not kind.startswith("winograd") and integer(0, 3) == 0 else FLOAT
     weight = parameter(full, prefix, fan**-0.5)
     if integer(0, 1):
         weight = guarded(weight, NAN, torch.empty_like(weight, memory_format=torch.channels_last).stride())[0]
     arguments = {"out_channels": out, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    x = torch.randn(integer(1, 4), channels, *size).to(dtype)
+    x = torch.randn(images, channels, *size).to(dtype)
     bias = parameter(full[:1], prefix[:1]) if integer(0, 1) else None
     x = innermost(x, 1, integer(0, 3))
     return Problem("conv2d", x, weight, bias, arguments, prefix, decides=arguments, rows=integer(0, 1) == 1)
@@ -248,6 +253,7 @@ def layer_norm(integer: Integer) -> Problem:
 
 PROBLEMS: dict[str, Callable[[Integer], Problem]] = {
     "winograd": lambda integer: convolution(integer, "winograd"),
+    "winograd_stride2": lambda integer: convolution(integer, "winograd_stride2"),
     "convolution": lambda integer: convolution(integer, "any"),
     "depthwise": lambda integer: convolution(integer, "depthwise"),
     "grouped": lambda integer: convolution(integer, "grouped"),

@@ -51,18 +51,23 @@ def _algorithm(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> Literal["depthwise", "winograd", "product"]:
+) -> Literal["depthwise", "winograd", "winograd_stride2", "product"]:
     """How a convolution is computed."""
     if weight.size(1) == 1 and weight.size(0) == groups:
         return "depthwise"
     geometry = (list(stride), list(padding), list(dilation), groups)
     if weight.shape[2:] == (3, 3) and geometry == ([1, 1], [1, 1], [1, 1], 1) and x.size(1) >= 8:
         return "winograd"  # F(4x4, 3x3); the transforms of fewer channels do not pay
+    if weight.shape[2:] == (3, 3) and geometry == ([2, 2], [1, 1], [1, 1], 1) and x.dtype == torch.float32:
+        # Tiles of 4x4 outputs; with fewer the transforms of the filters do not pay, nor those of fewer channels.
+        tiles = x.size(0) * ((x.size(2) + 7) // 8) * ((x.size(3) + 7) // 8)
+        if tiles >= 32 and x.size(1) >= 16:
+            return "winograd_stride2"
     return "product"
 
 
 def _why_not_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry: Any) -> str | None:
-    if _algorithm(x, weight, **geometry) == "product":
+    if _algorithm(x, weight, **geometry) in ("product", "winograd_stride2"):
         if x.dtype != torch.float32 or weight.dtype != torch.float32:
             return f"it takes float32, x is {x.dtype} and the weight {weight.dtype}"
     elif x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
@@ -188,6 +193,8 @@ class NativeBackend(Backend):
             y = native.depthwise_conv2d(x, weight, bias, stride, padding, dilation)
         elif algorithm == "winograd":
             y = native.conv2d_3x3(x, weight, bias, out_channels, winograd_filters(weight, False))
+        elif algorithm == "winograd_stride2":
+            y = native.conv2d_3x3_stride2(x, weight, bias, out_channels)
         else:
             y = native.conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups)
         return y
@@ -219,6 +226,8 @@ class NativeBackend(Backend):
             dx = native.depthwise_conv2d_backward(
                 grad, x, weight, grad_weight, need_grad_x, stride, padding, dilation
             )
+        elif algorithm == "winograd_stride2":
+            dx = native.conv2d_3x3_stride2_backward(grad, x, weight, grad_weight, need_grad_x)
         else:
             filters = winograd_filters(weight, True) if need_grad_x else None
             dx = native.conv2d_3x3_backward(grad, x, weight, grad_weight, need_grad_x, filters)
