@@ -45,3 +45,27 @@ US3L_INLINE Float<W> shuffle(Float<W> a, Float<W> b, typename Lanes<W>::Word ord
   return __builtin_shuffle(a, b, order);
 #endif
 }
+
+// A whole vector to an address that is a multiple of its size, and that is not read soon: what is there need not come
+// into the cache first. Other threads see it after finish_stores_around_cache().
+template <int W>
+US3L_INLINE void store_around_cache(float* p, Float<W> v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, reinterpret_cast<Float<W>*>(p));
+#elif defined(__x86_64__)
+  if constexpr (W == 16)
+    __builtin_ia32_movntps512(p, v);
+  else if constexpr (W == 8)
+    __builtin_ia32_movntps256(p, v);
+  else
+    store<W>(p, v);
+#else
+  store<W>(p, v);
+#endif
+}
+
+US3L_INLINE void finish_stores_around_cache() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}

@@ -44,13 +44,15 @@ struct TransformedShape {
 void transform(const WinogradPlan& plan, const Filters<const float>& w, const TransformedShape& shape, float* u) {
   constexpr int64_t kRows = 64;  // to a task
   const int64_t parts = (w.rows + kRows - 1) / kRows;
+  const bool around_cache = kPositions * shape.position * 4 > int64_t{24} << 20;
   parallel(plan.panels(w.lanes) * parts, [&](int64_t i) {
     const int64_t panel = i / parts, row = i % parts * kRows, lane = panel * shape.lanes;
     Filters<const float> f = w;
     f.data += row * w.row + lane * w.lane;
     f.rows = std::min(kRows, w.rows - row);
     f.lanes = std::min(shape.lanes, w.lanes - lane);
-    plan.kernels.transform_filters(f, u + panel * shape.panel + row * shape.lanes, shape.position);
+    plan.kernels.transform_filters(f, u + panel * shape.panel + row * shape.lanes, shape.position,
+                                   around_cache);
   });
 }
 

@@ -82,11 +82,16 @@ US3L_INLINE void filter_adjoint(V* u) {  // G': 6 -> 3
 
 // ---------------------------------------------------------------------------------------------- filters
 
-void transform_filters(Filters<const float> w, float* u, std::int64_t position) {
+void transform_filters(Filters<const float> w, float* u, std::int64_t position, bool around_cache) {
   transform_taps<6>(w, US3L_LAMBDA(auto* v) { filter_transform(v); },
                     US3L_LAMBDA(std::int64_t row, int i, int j, Float<LANES> v) {
-                      store<LANES>(u + row * LANES + (i * 6 + j) * position, v);
+                      float* const out = u + row * LANES + (i * 6 + j) * position;
+                      if (around_cache)
+                        store_around_cache<LANES>(out, v);
+                      else
+                        store<LANES>(out, v);
                     });
+  if (around_cache) finish_stores_around_cache();
 }
 
 void add_filter_gradients(Stack u, std::int64_t copies, std::int64_t copy, Filters<float> w) {
@@ -146,6 +151,16 @@ struct NormGradient {
   }
 };
 
+// The pixels that the next window of the row will read and this one did not.
+template <int S, class T>
+US3L_INLINE void prefetch_next(const T* corner, const Pixels<const T>& x) {
+  US3L_UNROLL
+  for (int i = 0; i < S; ++i) {
+    US3L_UNROLL
+    for (int j = S - 4; j < S; ++j) __builtin_prefetch(corner + i * x.row + (j + 4) * x.pixel);
+  }
+}
+
 // v = the transform of the window of each tile, zeros outside of the image. value_of(t) gives what is done to the values
 // of a tile as they are read.
 template <int S, class T, class ValueOf, class Transform>
@@ -160,6 +175,7 @@ US3L_INLINE void transform_windows(const Grid& grid, Tiles tiles, const Pixels<c
         constexpr int W = decltype(width)::value;
         const T* const in = x.data + window.corner + c;
         float* const out = v.data + t * v.row + c;
+        prefetch_next<S>(in, x);
         transform_square<Float<W>, S, 6>(
             US3L_LAMBDA(int i, int j) {
               if constexpr (decltype(inside)::value) {

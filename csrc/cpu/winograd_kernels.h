@@ -84,7 +84,8 @@ struct WinogradImages {
 
 struct WinogradKernels {
   // G w G' of one panel: at most `lanes` lanes, the rest is zero. u [36][rows][lanes], its positions `position` apart.
-  void (*transform_filters)(Filters<const float> w, float* u, std::int64_t position);
+  // around_cache: where all of them are more than the cache holds; rows are then whole vectors at aligned addresses.
+  void (*transform_filters)(Filters<const float> w, float* u, std::int64_t position, bool around_cache);
 
   // Adds G' u G, where u [36][rows][row] is the sum of `copies` such stacks.
   void (*add_filter_gradients)(Stack u, std::int64_t copies, std::int64_t copy, Filters<float> w);

@@ -29,8 +29,8 @@ US3L_INLINE void transform_square(const Load& load, const Transform& transform, 
 // ---------------------------------------------------------------------------------------------- filters
 
 // The filters of one panel, transformed; store_to(row, i, j, vector) takes them, with zeros in lanes that are not there.
-// Rows come by the lane: where that is the outer dimension of the filters, a row at a time would read a cache line of
-// each lane for one number of it, and they would push each other out.
+// Filters are read along the dimension that is the inner one in memory: along the other, each number would be one of
+// another cache line, and these would push each other out.
 template <int O, class Transform, class Store>
 US3L_INLINE void transform_taps(const Filters<const float>& w, const Transform& transform, const Store& store_to) {
   using Vector = Float<LANES>;
@@ -38,11 +38,19 @@ US3L_INLINE void transform_taps(const Filters<const float>& w, const Transform& 
   for (std::int64_t first = 0; first < w.rows; first += kRows) {
     const std::int64_t rows = w.rows - first < kRows ? w.rows - first : kRows;
     float taps[kRows][9][LANES] = {};
-    for (std::int64_t l = 0; l < w.lanes; ++l)
-      for (int t = 0; t < 9; ++t) {
-        const float* filter = w.data + first * w.row + l * w.lane + t / 3 * w.tap_y + t % 3 * w.tap_x;
-        for (std::int64_t r = 0; r < rows; ++r, filter += w.row) taps[r][t][l] = *filter;
-      }
+    const float* const block = w.data + first * w.row;
+    const auto copy = US3L_LAMBDA(std::int64_t r, int t, std::int64_t l) {
+      taps[r][t][l] = block[r * w.row + l * w.lane + t / 3 * w.tap_y + t % 3 * w.tap_x];
+    };
+    if (w.row < w.lane) {
+      for (std::int64_t l = 0; l < w.lanes; ++l)
+        for (int t = 0; t < 9; ++t)
+          for (std::int64_t r = 0; r < rows; ++r) copy(r, t, l);
+    } else {
+      for (std::int64_t r = 0; r < rows; ++r)
+        for (int t = 0; t < 9; ++t)
+          for (std::int64_t l = 0; l < w.lanes; ++l) copy(r, t, l);
+    }
     for (std::int64_t r = 0; r < rows; ++r)
       transform_square<Vector, 3, O>(
           US3L_LAMBDA(int i, int j) { return load<LANES>(taps[r][i * 3 + j]); }, transform,
