@@ -57,7 +57,10 @@ def _dense(t: Tensor, channels_last: bool) -> Tensor:
     """`t` with exactly the strides of a fresh dense tensor of that format; no copy if it has them."""
     t = t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     wanted = _empty(t, t.shape, channels_last, device="meta").stride()
-    return t if t.stride() == wanted else t.as_strided(t.shape, wanted)  # dimensions of size 1
+    if t.stride() == wanted:
+        return t
+    # Dimensions of size 1. Not as a view: nobody may write to a view that a Function returns.
+    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, wanted)
 
 
 def _empty(like: Tensor, shape: Sequence[int], channels_last: bool, **options: Any) -> Tensor:
