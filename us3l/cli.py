@@ -378,6 +378,7 @@ def tune(
 
     from us3l import config as configs
     from us3l import report
+    from us3l.allocator import keep_freed_memory
     from us3l.engine import TrainStep, resolve_device
     from us3l.methods import build_method
     from us3l_kernels.backends import measured
@@ -398,6 +399,8 @@ def tune(
     if threads is not None:
         torch.set_num_threads(threads)
     target = resolve_device(device)
+    if target.type == "cpu":
+        keep_freed_memory()  # as in training: fresh pages would be measured with the calls
     step = TrainStep(config, build_method(config).to(target).to(memory_format=torch.channels_last))
     images = torch.randn(2 * batch, 3, size, size, device=target).to(memory_format=torch.channels_last)
     with console.status("one step") as status:
