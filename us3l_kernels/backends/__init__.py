@@ -271,9 +271,10 @@ def _registry() -> dict[str, Backend]:
     from us3l_kernels.backends.aten import AtenBackend
     from us3l_kernels.backends.native import NativeBackend
     from us3l_kernels.backends.reference import ReferenceBackend
+    from us3l_kernels.backends.triton import TritonBackend
 
     # In the order in which `auto` asks them.
-    return {b.name: b for b in (NativeBackend(), AtenBackend(), ReferenceBackend())}
+    return {b.name: b for b in (NativeBackend(), TritonBackend(), AtenBackend(), ReferenceBackend())}
 
 
 BACKENDS: dict[str, Backend] = _registry()

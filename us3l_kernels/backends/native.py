@@ -11,6 +11,7 @@ from torch import Tensor
 
 from us3l_kernels import _native, weight_cache
 from us3l_kernels.backends import Backend
+from us3l_kernels.layout import is_rows
 
 native = torch.ops.us3l_native
 
@@ -18,24 +19,6 @@ _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 
 # The codes of csrc/ops.h.
 _ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
-
-
-def _is_rows(x: Tensor, channels: int) -> bool:
-    """Whether x is a matrix of rows at one stride, read where it lies, with the dimension `channels` as its columns.
-
-    So are channels_last tensors (their dimension 1), contiguous ones (their last), and prefix slices of either.
-    """
-    if channels == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return True
-    if x.stride(channels) != 1 and x.size(channels) > 1:
-        return False
-    expected = None
-    for d in reversed(range(x.dim())):
-        if d != channels and x.size(d) > 1:
-            if expected is not None and x.stride(d) != expected:
-                return False
-            expected = x.stride(d) * x.size(d)
-    return True
 
 
 def _why_not_channels_last(x: Tensor) -> str | None:
@@ -126,13 +109,13 @@ def _why_not_norm(x: Tensor, weight: Tensor | None) -> str | None:
 
 
 def _why_not_batch_norm(x: Tensor, weight: Tensor | None) -> str | None:
-    if not _is_rows(x, 1):
+    if not is_rows(x, 1):
         return f"it takes channels_last (channels innermost), x has shape {tuple(x.shape)} and strides {x.stride()}"
     return _why_not_norm(x, weight)
 
 
 def _why_not_layer_norm(x: Tensor, weight: Tensor | None) -> str | None:
-    if not _is_rows(x, x.dim() - 1):
+    if not is_rows(x, x.dim() - 1):
         return f"it takes rows of contiguous channels at one stride, x has shape {tuple(x.shape)} and {x.stride()}"
     return _why_not_norm(x, weight)
 

@@ -1,0 +1,106 @@
+"""Sliced convolutions and matrix products in Triton, interpreted, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from us3l_kernels import functional
+from us3l_kernels.backends import backend
+from us3l_kernels.triton import conv2d as kernels
+
+CANARY = 3.0
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3}  # largest error over largest value
+CASES = {
+    # name: (N, c, H, W, K full, k active, C full, kernel, stride, padding, dilation)
+    "3x3": (2, 40, 7, 5, 48, 24, 64, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3/2": (3, 16, 8, 7, 32, 24, 24, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "1x1": (2, 72, 5, 6, 96, 72, 80, (1, 1), (1, 1), (0, 0), (1, 1)),
+    "1x1/2": (2, 16, 7, 8, 32, 16, 24, (1, 1), (2, 2), (0, 0), (1, 1)),
+    "stem": (2, 3, 12, 11, 24, 16, 3, (7, 7), (2, 2), (3, 3), (1, 1)),
+    "odd channels": (2, 7, 6, 5, 19, 13, 11, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "odd geometry": (2, 9, 10, 9, 10, 5, 9, (4, 2), (3, 2), (2, 1), (2, 3)),
+    "stride and dilation share a divisor": (1, 8, 9, 11, 16, 8, 8, (3, 3), (2, 4), (2, 2), (2, 6)),
+    "one channel": (2, 1, 5, 5, 3, 1, 4, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "two tiles of channels": (1, 72, 4, 4, 144, 136, 72, (3, 3), (1, 1), (1, 1), (1, 1)),
+}
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def surrounded(x: Tensor, channels: int) -> Tensor:
+    """x [N, c, H, W] as a prefix of a wider channels_last tensor, with NaN between its pixels, before and behind."""
+    n, c, h, w = x.shape
+    memory = torch.full(((n * h * w + 2) * channels,), torch.nan, dtype=x.dtype)
+    view = memory[channels:].as_strided((n, c, h, w), (h * w * channels, 1, w * channels, channels))
+    return view.copy_(x)
+
+
+def poisoned(full: tuple[int, ...], active: Tensor) -> Tensor:
+    """A full channels_last parameter that is NaN outside the active prefix."""
+    parameter = torch.full(full, torch.nan, dtype=active.dtype)
+    parameter = parameter.contiguous(memory_format=torch.channels_last) if len(full) == 4 else parameter
+    parameter[tuple(slice(n) for n in active.shape)] = active
+    return parameter
+
+
+def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+    assert got.shape == expected.shape
+    error = (got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)
+    assert error <= TOLERANCE[dtype] * factor, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_convolution(case, dtype):
+    n, c, h, w, full_out, out, full_in, kernel, stride, padding, dilation = CASES[case]
+    options = {"stride": stride, "padding": padding, "dilation": dilation}
+    inner = random(out, c, *kernel, dtype=dtype) / (c * kernel[0] * kernel[1]) ** 0.5
+    weight = poisoned((full_out, full_in, *kernel), inner)
+    x = surrounded(random(n, c, h, w, dtype=dtype), -(-c // 8) * 8 + 8)
+    xd, wd = x.double().requires_grad_(), inner.double().requires_grad_()
+    expected = F.conv2d(xd, wd, **options)
+    grad = surrounded(random(*expected.shape, dtype=dtype), -(-out // 8) * 8 + 8)
+    expected.backward(grad.double())
+    with backend("triton"):
+        assert_close(functional.conv2d(x, weight, out_channels=out, **options), expected, dtype)
+    gradient = torch.full_like(weight, CANARY, dtype=torch.float32)
+    arguments = (*map(list, options.values()), 1, "triton")
+    dx = torch.ops.us3l.conv2d_backward(grad, x, weight, gradient, None, True, *arguments)
+    assert_close(dx, xd.grad, dtype)
+    assert_close(gradient[:out, :c] - CANARY, wd.grad, dtype, factor=4)  # the canary costs a rounding
+    gradient[:out, :c] = CANARY
+    assert torch.equal(gradient, torch.full_like(gradient, CANARY))
+
+
+def test_sum_of_pieces_is_added_in_any_layout(monkeypatch):
+    monkeypatch.setattr(kernels, "LEAST_ROWS_OF_A_PIECE", 1)
+    x, grad = random(3, 16, 9, 9, dtype=torch.float32), random(3, 24, 9, 9, dtype=torch.float32)
+    geometry = kernels.Geometry((3, 3), (1, 1), (1, 1), (1, 1))
+    expected = torch.nn.grad.conv2d_weight(x.double(), (24, 16, 3, 3), grad.double(), padding=1)
+    for gradient in (
+        torch.full((32, 24, 3, 3), CANARY),
+        torch.full((32, 24, 3, 3), CANARY).contiguous(memory_format=torch.channels_last),
+        torch.full((3, 24, 32, 3), CANARY).transpose(0, 2),
+    ):
+        kernels.weight_gradient(grad, x, gradient, geometry, "ieee")
+        assert_close(gradient[:24, :16] - CANARY, expected, torch.float32, factor=4)
+        gradient[:24, :16] = CANARY
+        assert torch.equal(gradient, torch.full_like(gradient, CANARY))
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_statistics_of_the_result(views):
+    """Those of every view, also where the mean is a thousand times the deviation."""
+    x = random(4, 16, 7, 5, dtype=torch.float32)
+    weight, bias = random(24, 16, 3, 3, dtype=torch.float32) / 12, random(24, dtype=torch.float32) * 1000
+    geometry = kernels.Geometry((3, 3), (1, 1), (1, 1), (1, 1))
+    y, mean, variance = kernels.conv2d_statistics(x, weight, bias, 16, geometry, "ieee", views)
+    assert_close(y, F.conv2d(x.double(), weight[:16].double(), bias[:16].double(), padding=1), torch.float32)
+    by_view = y.double().unflatten(0, (views, -1)).transpose(1, 2).flatten(2)
+    assert_close(mean, by_view.mean(2), torch.float32)
+    torch.testing.assert_close(variance.double(), by_view.var(2, unbiased=False), rtol=1e-4, atol=0)

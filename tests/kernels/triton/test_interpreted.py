@@ -1,0 +1,36 @@
+"""The Triton kernels on the CPU, by Triton's interpreter, in a process of their own: Triton reads TRITON_INTERPRET when
+it is imported, and once interpreting, a process cannot compile.
+
+What runs there are the tests of `interpreted/`, and the tests of the operations (test_ops.py) as they are for every
+backend.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+
+
+def run_interpreted(*arguments: str) -> None:
+    """pytest in a process that interprets; fails with its output, and if it ran nothing."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=HERE.parents[2], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels():
+    run_interpreted(str(HERE / "interpreted"))
+
+
+@pytest.mark.slow
+def test_operations():
+    run_interpreted(str(HERE.parent / "test_ops.py"), "-k", "triton", "-m", "")

@@ -1,0 +1,50 @@
+"""The Triton kernels, one file per operation, and the binaries that are shipped of them.
+
+Nothing here imports Triton: the files with kernels do, and `us3l_kernels.backends.triton` imports those at the first
+call. A file with kernels has a function `binaries(capability)`, which lists the configurations that its launchers ask
+for, as data: the static gates (`us3l bench static`) compile every one of them, without a GPU, and look at the machine
+code.
+
+TRITON_INTERPRET=1, set before Triton is imported, runs the kernels on CPU tensors by Triton's interpreter: very slowly,
+for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+KERNEL_FILES = ("conv2d",)
+"""The modules of this package that have `binaries(capability)`."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+WHY_NOT_INSTALLED = None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes that one block may have, by compute capability, of the GPUs that the gates compile for."""
+
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Triton's names of the dtypes that kernels take, and the bytes of an element."""
+
+
+@dataclass(frozen=True)
+class Binary:
+    """One configuration of a kernel, as a launcher asks for it, to be compiled ahead of time.
+
+    types: Triton types of the arguments that are not int32, e.g. {"x": "*bf16"}. constants: values of the constexpr
+    arguments. Pointers count as 16-byte aligned, as torch's allocations are. matrix: it must use the tensor cores.
+    vectors: its loads and stores must be of 16 bytes (false for the binaries of channels that are no multiple of 8).
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+    matrix: bool
+    vectors: bool = True

@@ -1,0 +1,873 @@
+"""Sliced convolutions and matrix products in Triton: forward, dX and dW, as products of gathered pixels.
+
+Pixels are rows: x [N, H, W, C] with channels innermost, each row at `pixel stride` elements from the next, so that a
+prefix slice of a wider tensor is read where it lies. The weight [K, C, kh, kw] is the full one, read by its prefix.
+
+One binary serves every width. Widths and strides are given in units of VECTOR channels and multiplied in the kernel:
+with VECTOR = 8 that is the compiler's proof that addresses are aligned to 16 bytes, for whatever width comes. Channels
+that are no multiple of 8 have a second binary, VECTOR = 1.
+
+The forward and dX are one kernel. A pixel of y sees x at stride * pixel + dilation * tap - padding. The pixels of dX
+that are equal modulo the stride (a phase) see dY at pixel / stride + something linear in every stride-th tap: so each
+phase is a convolution with stride 1, over its own taps, and the phases are the second axis of the grid.
+
+dW splits the pixels into pieces, each summed into a buffer of its own, which a second kernel adds up in a fixed order.
+All sums are in float32. Addresses are 64-bit; the number of pixels, and of elements of a weight, is below 2^31.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from us3l_kernels.layout import is_rows
+from us3l_kernels.triton import DTYPES, SHARED_MEMORY, Binary
+
+# ---------------------------------------------------------------------------------------------- kernels
+
+@triton.jit
+def _first_tap(phase, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr):
+    """The first tap that connects pixels of dX of this phase with pixels of dY; KERNEL if there is none."""
+    first = KERNEL + 0 * phase
+    for i in tl.static_range(KERNEL):
+        tap = KERNEL - 1 - i
+        first = tl.where((phase + PADDING - tap * DILATION) % STRIDE == 0, tap, first)
+    return first
+
+
+@triton.jit(
+    do_not_specialize=[
+        "images",
+        "a_h",
+        "a_w",
+        "y_h",
+        "y_w",
+        "k_units",
+        "n_units",
+        "a_stride",
+        "w_out",
+        "w_tap",
+        "y_stride",
+        "tiles_per_view",
+    ]
+)
+def product_kernel(
+    a_ptr,  # pixels to gather: x, or dY
+    w_ptr,  # the full weight, channels innermost
+    y_ptr,  # pixels to write: y, or dX
+    bias_ptr,
+    partials_ptr,  # float32 [tiles of rows, 2, n]: mean and sum of squared deviations of a tile
+    images,  # of a view
+    a_h,
+    a_w,
+    y_h,
+    y_w,
+    k_units,  # channels that are summed over, in units of VECTOR, as are all strides
+    n_units,  # channels of the result
+    a_stride,
+    w_out,
+    w_tap,
+    y_stride,
+    tiles_per_view,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    STEP_H: tl.constexpr,  # stride / gcd(stride, dilation): from one tap of a phase to the next
+    STEP_W: tl.constexpr,
+    GRADIENT: tl.constexpr,  # dX from dY, else y from x
+    FLAT: tl.constexpr,  # taps and channels are one axis of the sum: for fewer channels than BLOCK_K
+    VECTOR: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    k_size = k_units * VECTOR
+    n_size = n_units * VECTOR
+    tiles_n = tl.cdiv(n_size, BLOCK_N)
+    tile_m = tl.program_id(0) // tiles_n  # neighbours share pixels, which then come from the L2 cache
+    n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_ok = n < n_size
+    view = tile_m // tiles_per_view
+    tile = tile_m - view * tiles_per_view
+
+    # Where rows lie: pixel (image, top, left) of a at tap 0, and the pixel of y.
+    POINTWISE: tl.constexpr = KH * KW * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0
+    if GRADIENT:
+        phase_h = tl.program_id(1) // STRIDE_W
+        phase_w = tl.program_id(1) % STRIDE_W
+        first_h = _first_tap(phase_h, KH, STRIDE_H, PADDING_H, DILATION_H)
+        first_w = _first_tap(phase_w, KW, STRIDE_W, PADDING_W, DILATION_W)
+        taps_h = (KH - first_h + STEP_H - 1) // STEP_H
+        taps_w = (KW - first_w + STEP_W - 1) // STEP_W
+        rows_h = (y_h - phase_h + STRIDE_H - 1) // STRIDE_H
+        rows_w = (y_w - phase_w + STRIDE_W - 1) // STRIDE_W
+    else:
+        taps_h = KH
+        taps_w = KW
+        rows_h = y_h
+        rows_w = y_w
+    rows = images * rows_h * rows_w
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = row < rows
+    if POINTWISE:
+        top = tl.zeros((BLOCK_M,), tl.int32)
+        left = top
+        source = (view * rows + row).to(tl.int64)
+        target = source
+    else:
+        w = row % rows_w
+        h = row // rows_w % rows_h
+        image = view * images + row // (rows_h * rows_w)
+        if GRADIENT:
+            top = h + (phase_h + PADDING_H - first_h * DILATION_H) // STRIDE_H
+            left = w + (phase_w + PADDING_W - first_w * DILATION_W) // STRIDE_W
+            target = (image * y_h + h * STRIDE_H + phase_h).to(tl.int64) * y_w + w * STRIDE_W + phase_w
+        else:
+            top = h * STRIDE_H - PADDING_H
+            left = w * STRIDE_W - PADDING_W
+            target = (view * rows + row).to(tl.int64)
+        source = (image * a_h + top).to(tl.int64) * a_w + left
+    a_rows = a_ptr + source * (a_stride * VECTOR)
+    FROM_TAP_TO_TAP_H: tl.constexpr = -(DILATION_H * STEP_H // STRIDE_H) if GRADIENT else DILATION_H
+    FROM_TAP_TO_TAP_W: tl.constexpr = -(DILATION_W * STEP_W // STRIDE_W) if GRADIENT else DILATION_W
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    k_range = tl.arange(0, BLOCK_K)
+    blocks_k = tl.cdiv(k_size, BLOCK_K)
+    blocks = taps_h * taps_w * blocks_k
+    if FLAT:
+        blocks = tl.cdiv(taps_h * taps_w * k_size, BLOCK_K)
+    for block in range(0, blocks):  # one loop over taps and channels: the pipeline is never drained
+        if FLAT:
+            flat = block * BLOCK_K + k_range
+            tap = flat // k_size
+            k = flat % k_size
+            k_ok = tap < taps_h * taps_w
+        else:
+            tap = block // blocks_k
+            k = (block - tap * blocks_k) * BLOCK_K + k_range
+            k_ok = k < k_size
+        tap_h = tap // taps_w
+        tap_w = tap - tap_h * taps_w
+        move_h = tap_h * FROM_TAP_TO_TAP_H
+        move_w = tap_w * FROM_TAP_TO_TAP_W
+        if GRADIENT:
+            tap = (first_h + tap_h * STEP_H) * KW + first_w + tap_w * STEP_W
+        move = (move_h * a_w + move_w).to(tl.int64) * (a_stride * VECTOR)
+        if POINTWISE:
+            a_ok = row_ok[:, None]
+        elif FLAT:
+            y = top[:, None] + move_h[None, :]
+            x = left[:, None] + move_w[None, :]
+            a_ok = row_ok[:, None] & (y >= 0) & (y < a_h) & (x >= 0) & (x < a_w)
+        else:
+            y = top + move_h
+            x = left + move_w
+            a_ok = (row_ok & (y >= 0) & (y < a_h) & (x >= 0) & (x < a_w))[:, None]
+        a = tl.load(a_rows[:, None] + (move + k)[None, :], mask=a_ok & k_ok[None, :], other=0.0)
+        from_tap = tap.to(tl.int64) * (w_tap * VECTOR)
+        if GRADIENT:  # rows of the weight are summed over
+            offsets = k.to(tl.int64) * (w_out * VECTOR) + from_tap
+            b = tl.load(w_ptr + offsets[:, None] + n[None, :], mask=k_ok[:, None] & n_ok[None, :], other=0.0)
+        else:
+            offsets = n.to(tl.int64) * (w_out * VECTOR)
+            b = tl.load(
+                w_ptr + offsets[:, None] + (from_tap + k)[None, :], mask=n_ok[:, None] & k_ok[None, :], other=0.0
+            ).T
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    if BIAS:
+        acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    result = acc.to(y_ptr.dtype.element_ty)
+    ok = row_ok[:, None] & n_ok[None, :]
+    tl.store(y_ptr + target[:, None] * (y_stride * VECTOR) + n[None, :], result, mask=ok)
+    if STATISTICS:  # of what was stored, which is what a batch norm would read
+        values = tl.where(ok, result.to(tl.float32), 0.0)
+        count = tl.minimum(BLOCK_M, rows - tile * BLOCK_M).to(tl.float32)
+        mean = tl.sum(values, 0) / count
+        deviations = tl.where(ok, values - mean[None, :], 0.0)
+        partial = partials_ptr + tile_m.to(tl.int64) * (2 * n_size) + n
+        tl.store(partial, mean, mask=n_ok)
+        tl.store(partial + n_size, tl.sum(deviations * deviations, 0), mask=n_ok)
+
+
+@triton.jit(do_not_specialize=["rows_of_view", "tiles_per_view", "channels"])
+def combine_statistics_kernel(
+    partials_ptr,  # float32 [views * tiles, 2, channels]: mean and sum of squared deviations of every tile
+    mean_ptr,  # float32 [views, channels]
+    variance_ptr,
+    rows_of_view,
+    tiles_per_view,
+    channels,
+    ROWS_OF_TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Mean and biased variance of every view from those of its tiles. Source: Chan, Golub and LeVeque, 1983, (2.1)."""
+    view = tl.program_id(1)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < channels
+    of_view = partials_ptr + view.to(tl.int64) * tiles_per_view * (2 * channels) + channel
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
+    for moment in tl.static_range(2):  # the mean of all tiles, then what is spread about it
+        total = tl.zeros((BLOCK_C,), tl.float32)
+        for start in range(0, tiles_per_view, BLOCK_T):
+            tile = start + tl.arange(0, BLOCK_T)
+            ok = (tile < tiles_per_view)[:, None] & channel_ok[None, :]
+            count = tl.minimum(ROWS_OF_TILE, rows_of_view - tile * ROWS_OF_TILE).to(tl.float32)[:, None]
+            partial = of_view[None, :] + (tile.to(tl.int64) * (2 * channels))[:, None]
+            tile_mean = tl.load(partial, mask=ok, other=0.0)
+            if moment == 0:
+                total += tl.sum(tl.where(ok, tile_mean * count, 0.0), 0)
+            else:
+                within = tl.load(partial + channels, mask=ok, other=0.0)
+                between = (tile_mean - mean[None, :]) * (tile_mean - mean[None, :]) * count
+                total += tl.sum(tl.where(ok, within + between, 0.0), 0)
+        if moment == 0:
+            mean = total / rows_of_view
+        else:
+            squares = total
+    tl.store(mean_ptr + view * channels + channel, mean, mask=channel_ok)
+    tl.store(variance_ptr + view * channels + channel, squares / rows_of_view, mask=channel_ok)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "rows_of_piece",
+        "x_h",
+        "x_w",
+        "y_h",
+        "y_w",
+        "out_units",
+        "in_units",
+        "dy_stride",
+        "x_stride",
+        "dw_out",
+        "dw_tap",
+    ]
+)
+def weight_gradient_kernel(
+    dy_ptr,
+    x_ptr,
+    dw_ptr,  # the gradient itself, added to, or float32 [pieces, out, taps, in], written
+    rows,  # pixels of y
+    rows_of_piece,
+    x_h,
+    x_w,
+    y_h,
+    y_w,
+    out_units,  # channels, in units of VECTOR, as are all strides
+    in_units,
+    dy_stride,
+    x_stride,
+    dw_out,
+    dw_tap,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    ADD: tl.constexpr,  # to what dw holds; there is one piece then
+    FLAT: tl.constexpr,  # taps and channels are one axis of tiles: for fewer channels than BLOCK_N
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of dW[out, tap, in] = sum over pixels of dY[pixel, out] * X[pixel seen through the tap, in]."""
+    out_size = out_units * VECTOR
+    in_size = in_units * VECTOR
+    out = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    out_ok = out < out_size
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if FLAT:
+        tap = column // in_size
+        channel = column % in_size
+        channel_ok = tap < KH * KW
+    else:
+        tiles = tl.cdiv(in_size, BLOCK_N)
+        tap = tl.program_id(1) // tiles
+        channel = column - tap * (tiles * BLOCK_N)
+        channel_ok = channel < in_size
+    from_top = tap // KW * DILATION_H - PADDING_H
+    from_left = tap % KW * DILATION_W - PADDING_W
+    shift = (from_top * x_w + from_left).to(tl.int64) * (x_stride * VECTOR) + channel
+
+    POINTWISE: tl.constexpr = KH * KW * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0
+    begin = tl.program_id(2) * rows_of_piece
+    end = tl.minimum(begin + rows_of_piece, rows)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        row = start + tl.arange(0, BLOCK_K)
+        row_ok = row < end
+        if POINTWISE:
+            source = row.to(tl.int64)
+            x_ok = row_ok[:, None]
+        else:
+            top = row // y_w % y_h * STRIDE_H
+            left = row % y_w * STRIDE_W
+            source = (row // (y_h * y_w) * x_h + top).to(tl.int64) * x_w + left
+            if FLAT:
+                y = top[:, None] + from_top[None, :]
+                x = left[:, None] + from_left[None, :]
+                x_ok = row_ok[:, None] & (y >= 0) & (y < x_h) & (x >= 0) & (x < x_w)
+            else:
+                y = top + from_top
+                x = left + from_left
+                x_ok = (row_ok & (y >= 0) & (y < x_h) & (x >= 0) & (x < x_w))[:, None]
+        offsets = row.to(tl.int64) * (dy_stride * VECTOR)
+        dy = tl.load(dy_ptr + offsets[:, None] + out[None, :], mask=row_ok[:, None] & out_ok[None, :], other=0.0)
+        seen = (x_ptr + source * (x_stride * VECTOR))[:, None] + shift[None, :]
+        acc = tl.dot(
+            dy.T,
+            tl.load(seen, mask=x_ok & channel_ok[None, :], other=0.0),
+            acc,
+            input_precision=PRECISION,
+        )
+    ok = out_ok[:, None] & channel_ok[None, :]
+    offsets = out.to(tl.int64) * (dw_out * VECTOR)
+    if not ADD:
+        offsets += tl.program_id(2).to(tl.int64) * out_size * (dw_out * VECTOR)
+    dw = dw_ptr + offsets[:, None] + (tap * (dw_tap * VECTOR) + channel)[None, :]
+    if ADD:
+        acc += tl.load(dw, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dw, acc.to(dw_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit(
+    do_not_specialize=["pieces", "size_units", "in_units", "taps", "taps_w", "dw_out", "dw_h", "dw_w", "dw_in"]
+)
+def add_pieces_kernel(
+    pieces_ptr,  # float32 [pieces, out, taps, in]
+    dw_ptr,
+    pieces,
+    size_units,  # elements of a piece, in units of VECTOR, as are the strides of dw but that of its channels
+    in_units,
+    taps,
+    taps_w,
+    dw_out,
+    dw_h,
+    dw_w,
+    dw_in,
+    INNERMOST: tl.constexpr,  # the channels of dw are: dw_in is 1
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds the pieces, in their order, to the prefix of a gradient of any layout."""
+    size = size_units * VECTOR
+    in_size = in_units * VECTOR
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = element < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for piece in range(0, pieces):
+        total += tl.load(pieces_ptr + tl.cast(piece, tl.int64) * size + element, mask=ok, other=0.0)
+    channel = element % in_size
+    tap = element // in_size % taps
+    out = element // (in_size * taps)
+    if not INNERMOST:
+        channel *= dw_in
+    at_tap = (tap // taps_w) * (dw_h * VECTOR) + (tap % taps_w) * (dw_w * VECTOR)
+    dw = dw_ptr + out.to(tl.int64) * (dw_out * VECTOR) + at_tap + channel
+    total += tl.load(dw, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dw, total.to(dw_ptr.dtype.element_ty), mask=ok)
+
+
+# ---------------------------------------------------------------------------------------------- configurations
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one block computes: m x n results, k terms of the sum at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+
+    def stages(self, itemsize: int, shared_memory: int) -> int:
+        """How many loads are under way at a time: as many as fit, four at most."""
+        return max(1, min(4, (shared_memory - 2048) // ((self.m + self.n) * self.k * itemsize)))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of one kernel: by the channels of the result, up to the number given; `few_rows` where those would be
+    fewer than the multiprocessors."""
+
+    by_channels: tuple[tuple[int, Tile], ...]
+    few_rows: Tile
+
+    def choose(self, rows: int, channels: int, multiprocessors: int) -> Tile:
+        tile = next((tile for most, tile in self.by_channels if channels <= most), self.by_channels[-1][1])
+        if triton.cdiv(rows, tile.m) * triton.cdiv(channels, tile.n) < multiprocessors:
+            return self.few_rows
+        return tile
+
+    def all(self) -> list[Tile]:
+        return [*(tile for _, tile in self.by_channels), self.few_rows]
+
+
+# By precision: of half precision, of float32 rounded to TF32 on the tensor cores, of exact float32 without them.
+PRODUCT_TILES = {
+    "half": Tiles(
+        ((64, Tile(128, 64, 64, 4)), (192, Tile(128, 128, 64, 8)), (1 << 31, Tile(128, 256, 64, 8))),
+        few_rows=Tile(64, 64, 64, 4),
+    ),
+    "tf32": Tiles(((64, Tile(128, 64, 32, 4)), (1 << 31, Tile(128, 128, 32, 8))), few_rows=Tile(64, 64, 32, 4)),
+    "ieee": Tiles(((1 << 31, Tile(64, 64, 16, 4)),), few_rows=Tile(32, 64, 16, 4)),
+}
+GRADIENT_TILES = {
+    "half": Tiles(((64, Tile(64, 64, 64, 4)), (1 << 31, Tile(128, 128, 64, 8))), few_rows=Tile(64, 64, 64, 4)),
+    "tf32": Tiles(((64, Tile(64, 64, 32, 4)), (1 << 31, Tile(128, 128, 32, 8))), few_rows=Tile(64, 64, 32, 4)),
+    "ieee": Tiles(((1 << 31, Tile(64, 64, 16, 4)),), few_rows=Tile(64, 64, 16, 4)),
+}
+LEAST_ROWS_OF_A_PIECE = 512
+BLOCKS_PER_MULTIPROCESSOR = 2  # that dW's pieces make, if there are rows enough
+ADDED_AT_A_TIME = 1024  # elements of dW, by one block
+COMBINED_TILES, COMBINED_CHANNELS = 32, 32  # of statistics, by one block
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of a convolution: (height, width) of everything."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    ) -> Geometry:
+        kernel = weight.shape[2:]
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel, stride, padding, dilation
+        return cls((kh, kw), (sh, sw), (ph, pw), (dh, dw))
+
+    def output(self, size: Sequence[int]) -> tuple[int, int]:
+        h, w = (
+            (size[d] + 2 * self.padding[d] - self.dilation[d] * (self.kernel[d] - 1) - 1) // self.stride[d] + 1
+            for d in (0, 1)
+        )
+        return h, w
+
+    def constants(self) -> dict[str, int]:
+        pairs = {"STRIDE": self.stride, "PADDING": self.padding, "DILATION": self.dilation}
+        named = {f"{name}_{axis}": pair[d] for name, pair in pairs.items() for d, axis in enumerate("HW")}
+        return {"KH": self.kernel[0], "KW": self.kernel[1], **named}
+
+    def steps(self) -> dict[str, int]:
+        """From one tap of a phase to the next."""
+        h, w = (self.stride[d] // math.gcd(self.stride[d], self.dilation[d]) for d in (0, 1))
+        return {"STEP_H": h, "STEP_W": w}
+
+
+POINT = Geometry((1, 1), (1, 1), (0, 0), (1, 1))
+"""Of a 1x1 convolution, and of a matrix product: rows are pixels."""
+
+
+@cache
+def _device(index: int | None) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a block may have."""
+    if index is None:  # the interpreter's
+        return 4, SHARED_MEMORY[90]
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def _settings(tile: Tile, itemsize: int, shared_memory: int) -> dict[str, int]:
+    """What a launch is given of a tile."""
+    blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    return {**blocks, "num_warps": tile.warps, "num_stages": tile.stages(itemsize, shared_memory)}
+
+
+# ---------------------------------------------------------------------------------------------- launches
+
+
+def _pixels(x: Tensor) -> tuple[Tensor, int]:
+    """x [N, C, H, W] with channels innermost and pixels at one distance (else a copy that has), and that distance."""
+    if not is_rows(x, 1):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x, next((x.stride(d) for d in (3, 2, 0) if x.size(d) > 1), x.size(1))
+
+
+def _filters(weight: Tensor) -> tuple[int, int] | None:
+    """The distances of the rows and of the taps of [K, C, kh, kw]; None if its channels are not innermost."""
+    kh, kw = weight.shape[2:]
+    tap = weight.stride(3) if kw > 1 else weight.stride(2) if kh > 1 else 0
+    uniform = kh == 1 or kw == 1 or weight.stride(2) == kw * weight.stride(3)
+    return (weight.stride(0), tap) if uniform and (weight.stride(1) == 1 or weight.size(1) == 1) else None
+
+
+def _readable(weight: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, tuple[int, int]]:
+    """The weight and its distances: read where it lies if it has x's dtype and channels innermost, else its slice is
+    copied, once for the whole launch."""
+    distances = _filters(weight)
+    if weight.dtype != dtype or distances is None:
+        packed = weight.new_empty((outputs, *weight.shape[2:], inputs), dtype=dtype).permute(0, 3, 1, 2)
+        weight = packed.copy_(weight[:outputs, :inputs])
+        distances = (packed.stride(0), inputs)
+    return weight, distances
+
+
+def _vector(*sizes: int) -> int:
+    """The unit of channels and strides: 8 if all are multiples of it, else 1."""
+    return 1 if any(size % 8 for size in sizes) else 8
+
+
+def _is_flat(geometry: Geometry, channels: int, tile: int) -> bool:
+    """Whether taps and channels should be one axis: a tile with the channels of one tap would be half empty."""
+    return geometry.kernel != (1, 1) and 2 * channels <= tile
+
+
+def _product_constants(
+    geometry: Geometry, *, gradient: bool, flat: bool, vector: int, bias: bool, statistics: bool, precision: str
+) -> dict[str, Any]:
+    return {
+        **geometry.constants(),
+        **geometry.steps(),
+        "GRADIENT": gradient,
+        "FLAT": flat,
+        "VECTOR": vector,
+        "BIAS": bias,
+        "STATISTICS": statistics,
+        "PRECISION": "tf32" if precision == "half" else precision,
+    }
+
+
+def _product(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    geometry: Geometry,
+    precision: str,
+    *,
+    gradient: bool = False,
+    views: int | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Writes y from a; with `views`, also gives the mean and the biased variance of y, float32 [views, channels]."""
+    (images, k_size, a_h, a_w), (_, n_size, y_h, y_w) = a.shape, y.shape
+    outputs, inputs = (k_size, n_size) if gradient else (n_size, k_size)
+    a, a_stride = _pixels(a)
+    y_stride = _pixels(y)[1]
+    weight, (w_out, w_tap) = _readable(weight, outputs, inputs, a.dtype)
+    vector = _vector(k_size, n_size, a_stride, w_out, w_tap, y_stride)
+    parts = views or 1
+    stride_h, stride_w = geometry.stride if gradient else (1, 1)
+    rows = images // parts * triton.cdiv(y_h, stride_h) * triton.cdiv(y_w, stride_w)  # the largest phase of a view
+    phases = stride_h * stride_w
+    multiprocessors, shared_memory = _device(a.device.index)
+    tile = PRODUCT_TILES[precision].choose(rows * parts * phases, n_size, multiprocessors)
+    tiles = triton.cdiv(rows, tile.m)
+    partials = y if views is None else a.new_empty((parts * tiles, 2, n_size), dtype=torch.float32)
+    constants = _product_constants(
+        geometry,
+        gradient=gradient,
+        flat=_is_flat(geometry, k_size, tile.k),
+        vector=vector,
+        bias=bias is not None,
+        statistics=views is not None,
+        precision=precision,
+    )
+    with torch.cuda.device_of(a):
+        product_kernel[(tiles * parts * triton.cdiv(n_size, tile.n), phases)](
+            a,
+            weight,
+            y,
+            y if bias is None else bias,
+            partials,
+            images // parts,
+            a_h,
+            a_w,
+            y_h,
+            y_w,
+            k_size // vector,
+            n_size // vector,
+            a_stride // vector,
+            w_out // vector,
+            w_tap // vector,
+            y_stride // vector,
+            tiles,
+            **constants,
+            **_settings(tile, a.element_size(), shared_memory),
+        )
+        if views is None:
+            return None
+        mean, variance = a.new_empty((2, views, n_size), dtype=torch.float32)
+        combine_statistics_kernel[(triton.cdiv(n_size, COMBINED_CHANNELS), views)](
+            partials,
+            mean,
+            variance,
+            rows,
+            tiles,
+            n_size,
+            ROWS_OF_TILE=tile.m,
+            BLOCK_T=COMBINED_TILES,
+            BLOCK_C=COMBINED_CHANNELS,
+        )
+    return mean, variance
+
+
+def _result(x: Tensor, outputs: int, geometry: Geometry) -> Tensor:
+    shape = (x.size(0), outputs, *geometry.output(x.shape[2:]))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, geometry: Geometry, precision: str
+) -> Tensor:
+    """[N, c, H, W] -> [N, outputs, H', W'], channels_last.
+
+    weight: [K, C, kh, kw], full. precision: "half" for half precision, "tf32" or "ieee" for float32.
+    """
+    y = _result(x, outputs, geometry)
+    if y.numel() > 0:
+        _product(x, weight, bias, y, geometry, precision)
+    return y
+
+
+def conv2d_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, geometry: Geometry, precision: str, views: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`conv2d`, and the mean and biased variance of its result, float32 [views, outputs], as a batch norm needs them.
+
+    The batch, which is not empty, is `views` stacked views. Every tile of pixels lies in one view and gives its mean
+    and its sum of squared deviations; they are combined in a fixed order and without cancellation.
+    """
+    y = _result(x, outputs, geometry)
+    statistics = _product(x, weight, bias, y, geometry, precision, views=views)
+    assert statistics is not None
+    return y, *statistics
+
+
+def input_gradient(grad: Tensor, weight: Tensor, dx: Tensor, geometry: Geometry, precision: str) -> None:
+    """Writes dX [N, c, H, W], whose pixels lie at one distance, from dY [N, outputs, H', W']."""
+    if dx.numel() > 0:
+        _product(grad, weight, None, dx, geometry, precision, gradient=True)
+
+
+def _gradient_constants(geometry: Geometry, *, add: bool, flat: bool, vector: int, precision: str) -> dict[str, Any]:
+    precision = "tf32" if precision == "half" else precision
+    return {**geometry.constants(), "ADD": add, "FLAT": flat, "VECTOR": vector, "PRECISION": precision}
+
+
+def weight_gradient(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geometry, precision: str) -> None:
+    """Adds dW to the prefix [outputs, c] of the full `grad_weight` [K, C, kh, kw], of any layout and dtype."""
+    (images, outputs, y_h, y_w), (_, inputs, x_h, x_w) = grad.shape, x.shape
+    rows, taps = images * y_h * y_w, math.prod(geometry.kernel)
+    if rows == 0:
+        return
+    grad, grad_stride = _pixels(grad)
+    x, x_stride = _pixels(x)
+    multiprocessors, shared_memory = _device(x.device.index)
+    tile = GRADIENT_TILES[precision].choose(outputs, inputs, 0)
+    flat = _is_flat(geometry, inputs, tile.n)
+    columns = triton.cdiv(taps * inputs, tile.n) if flat else taps * triton.cdiv(inputs, tile.n)
+    blocks = triton.cdiv(outputs, tile.m) * columns
+    wanted = triton.cdiv(BLOCKS_PER_MULTIPROCESSOR * multiprocessors, blocks)
+    rows_of_piece = triton.cdiv(max(triton.cdiv(rows, wanted), LEAST_ROWS_OF_A_PIECE), tile.k) * tile.k
+    pieces = triton.cdiv(rows, rows_of_piece)
+
+    distances = _filters(grad_weight)
+    add = pieces == 1 and distances is not None
+    destination = grad_weight if add else grad.new_empty((pieces, outputs, taps, inputs), dtype=torch.float32)
+    dw_out, dw_tap = distances if add and distances is not None else (taps * inputs, inputs)
+    vector = _vector(outputs, inputs, grad_stride, x_stride, dw_out, dw_tap)
+    with torch.cuda.device_of(x):
+        weight_gradient_kernel[(triton.cdiv(outputs, tile.m), columns, pieces)](
+            grad,
+            x,
+            destination,
+            rows,
+            rows_of_piece,
+            x_h,
+            x_w,
+            y_h,
+            y_w,
+            outputs // vector,
+            inputs // vector,
+            grad_stride // vector,
+            x_stride // vector,
+            dw_out // vector,
+            dw_tap // vector,
+            **_gradient_constants(geometry, add=add, flat=flat, vector=vector, precision=precision),
+            **_settings(tile, x.element_size(), shared_memory),
+        )
+        if not add:
+            _add_pieces(destination, grad_weight)
+
+
+def _add_pieces(pieces: Tensor, grad_weight: Tensor) -> None:
+    number, outputs, taps, inputs = pieces.shape
+    size = outputs * taps * inputs
+    layout = zip(grad_weight.stride(), grad_weight.shape, strict=True)
+    dw_out, dw_in, dw_h, dw_w = (stride if count > 1 else 0 for stride, count in layout)
+    innermost = dw_in <= 1
+    vector = _vector(inputs, dw_out, dw_h, dw_w) if innermost else 1
+    add_pieces_kernel[(triton.cdiv(size, ADDED_AT_A_TIME),)](
+        pieces,
+        grad_weight,
+        number,
+        size // vector,
+        inputs // vector,
+        taps,
+        grad_weight.size(3),
+        dw_out // vector,
+        dw_h // vector,
+        dw_w // vector,
+        dw_in,
+        INNERMOST=innermost,
+        VECTOR=vector,
+        BLOCK=ADDED_AT_A_TIME,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- shipped binaries
+
+_SAME = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
+_HALVING = Geometry((3, 3), (2, 2), (1, 1), (1, 1))
+_STEM = Geometry((7, 7), (2, 2), (3, 3), (1, 1))
+_SHORTCUT = Geometry((1, 1), (2, 2), (0, 0), (1, 1))
+_GEOMETRIES = {"1x1": POINT, "1x1/2": _SHORTCUT, "3x3": _SAME, "3x3/2": _HALVING, "7x7/2": _STEM}
+
+
+def binaries(capability: int) -> Iterator[Binary]:
+    """What the launches above ask for: every tile, and every geometry, epilogue, dtype and unit with one of them."""
+    for precision, dtype in (("half", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
+        for tile in PRODUCT_TILES[precision].all():
+            for gradient in (False, True):
+                yield _product_binary(capability, "3x3", tile, dtype, precision, gradient=gradient)
+        for tile in GRADIENT_TILES[precision].all():
+            yield _gradient_binary(capability, "3x3", tile, dtype, precision)
+    tile, narrow = Tile(128, 128, 64, 8), Tile(128, 64, 64, 4)
+    for dtype in ("bf16", "fp16"):
+        for geometry in _GEOMETRIES:
+            for gradient in (False, True):
+                yield _product_binary(capability, geometry, tile, dtype, "half", gradient=gradient)
+            yield _gradient_binary(capability, geometry, tile, dtype, "half")
+    for vector in (8, 1):
+        for flat in (False, True):
+            for gradient in (False, True):
+                yield _product_binary(
+                    capability, "3x3", narrow, "bf16", "half", gradient=gradient, flat=flat, vector=vector
+                )
+            for add in (False, True):
+                yield _gradient_binary(
+                    capability, "3x3", Tile(64, 64, 64, 4), "bf16", "half", flat=flat, vector=vector, add=add
+                )
+        yield _product_binary(capability, "3x3", tile, "bf16", "half", statistics=True, vector=vector)
+        yield _product_binary(capability, "1x1", tile, "bf16", "half", bias=True, vector=vector)
+    for dtype in DTYPES:
+        for vector, innermost in ((8, True), (1, True), (1, False)):
+            yield _binary(
+                f"add_pieces {dtype}{'' if innermost else ' any layout'}",
+                add_pieces_kernel,
+                {"pieces_ptr": "*fp32", "dw_ptr": f"*{dtype}"},
+                {"INNERMOST": innermost, "VECTOR": vector, "BLOCK": ADDED_AT_A_TIME},
+                warps=4,
+                stages=3,
+                matrix=False,
+            )
+    for rows_of_tile in (64, 128):
+        yield Binary(
+            f"combine_statistics of {rows_of_tile} rows",
+            combine_statistics_kernel,
+            {"partials_ptr": "*fp32", "mean_ptr": "*fp32", "variance_ptr": "*fp32"},
+            {"ROWS_OF_TILE": rows_of_tile, "BLOCK_T": COMBINED_TILES, "BLOCK_C": COMBINED_CHANNELS},
+            warps=4,
+            stages=3,
+            matrix=False,
+            vectors=False,
+        )
+
+
+def _binary(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    **settings: Any,
+) -> Binary:
+    vector = constants["VECTOR"] > 1
+    return Binary(name if vector else f"{name}, any channels", kernel, types, constants, vectors=vector, **settings)
+
+
+def _tiled(
+    capability: int, name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], tile: Tile, dtype: str
+) -> Binary:
+    settings = _settings(tile, DTYPES[dtype], SHARED_MEMORY[capability])
+    warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
+    flat = ", flat" if constants["FLAT"] else ""
+    exact = " ieee" if constants["PRECISION"] == "ieee" else ""
+    name = f"{name} {dtype}{exact} {tile.m}x{tile.n}x{tile.k}{flat}"
+    matrix = constants["PRECISION"] != "ieee"
+    return _binary(name, kernel, pointers, {**constants, **settings}, warps=warps, stages=stages, matrix=matrix)
+
+
+def _product_binary(
+    capability: int,
+    geometry: str,
+    tile: Tile,
+    dtype: str,
+    precision: str,
+    *,
+    gradient: bool = False,
+    flat: bool = False,
+    vector: int = 8,
+    bias: bool = False,
+    statistics: bool = False,
+) -> Binary:
+    constants = _product_constants(
+        _GEOMETRIES[geometry],
+        gradient=gradient,
+        flat=flat,
+        vector=vector,
+        bias=bias,
+        statistics=statistics,
+        precision=precision,
+    )
+    pointers = {name: f"*{dtype}" for name in ("a_ptr", "w_ptr", "y_ptr", "bias_ptr", "partials_ptr")}
+    if statistics:
+        pointers["partials_ptr"] = "*fp32"
+    name = f"{'dX' if gradient else 'forward'} {geometry}{' +bias' * bias}{' +statistics' * statistics}"
+    return _tiled(capability, name, product_kernel, pointers, constants, tile, dtype)
+
+
+def _gradient_binary(
+    capability: int,
+    geometry: str,
+    tile: Tile,
+    dtype: str,
+    precision: str,
+    *,
+    flat: bool = False,
+    vector: int = 8,
+    add: bool = False,
+) -> Binary:
+    constants = _gradient_constants(_GEOMETRIES[geometry], add=add, flat=flat, vector=vector, precision=precision)
+    pointers = {"dy_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "dw_ptr": "*fp32"}
+    name = f"dW {geometry}{' added' if add else ''}"
+    return _tiled(capability, name, weight_gradient_kernel, pointers, constants, tile, dtype)
