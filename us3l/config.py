@@ -142,6 +142,7 @@ class TrainConfig:
     epochs: int = _number(100, least=1)
     step: str = _one_of("joint", "per_width")  # one update per iteration, or (as published) one after every width
     amp: str = _one_of("none", "bf16", "fp16")  # fp16 with a gradient scaler
+    graphs: str = _one_of("auto", "true", "false")  # CUDA graphs, one for each width; auto: where they can be
     channels_last: bool = True
     seed: int = _number(0, least=0)
     device: str = "auto"  # "auto": CUDA when there is a GPU; else what torch.device takes
@@ -410,9 +411,13 @@ def _check_sections(source: str, layer: Any) -> None:
         if not hasattr(Config(), name):
             continue  # merging reports unknown keys
         _require(OmegaConf.is_dict(section), f"{source}: {name}", "a section of keys, e.g. train.epochs=20", section)
-        hints = get_type_hints(type(getattr(Config(), name)))
-        for key, value in section.items():
-            if key in hints and isinstance(value, bool) != (hints[key] is bool):
+        kind = type(getattr(Config(), name))
+        hints = get_type_hints(kind)
+        words = {spec.name for spec in fields(kind) if "true" in spec.metadata.get("choices", ())}
+        for key, value in list(section.items()):
+            if key in words and isinstance(value, bool):
+                section[key] = str(value).lower()  # YAML reads these words as something else
+            elif key in hints and isinstance(value, bool) != (hints[key] is bool):
                 raise ConfigError(f"{source}: {name}.{key}: expected {_name(hints[key])}, got {value!r}")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -31,12 +33,18 @@ from us3l.monitor import Monitor, WidthReading, say
 from us3l.sampling import largest_width, make_sampler
 from us3l.schedule import group_alpha, parameter_groups, set_group_regularisation
 from us3l_kernels import gradients
+from us3l_kernels.nn.batch_norm import SlicedBatchNorm
 from us3l_kernels.optim import LARS, SGD, AdamW
+from us3l_kernels.plans import CudaGraphs, Plans
+from us3l_kernels.width import plan_key, set_width
+
+log = logging.getLogger("us3l")
 
 # Keys that may differ between a checkpoint's configuration and that of the run which goes on from it: they decide
 # where a run happens and what it reports, not what it computes (threads and device: see check_environment).
 _NOT_COMPUTED = (
     "checkpoint.", "data.root", "data.workers", "train.device", "train.threads", "train.log_every", "train.knn_every",
+    "train.graphs",
 )  # fmt: skip
 
 
@@ -63,7 +71,13 @@ class TrainStep:
         self.world = world
         self.device = next(method.parameters()).device
         self.teacher = method.ema()
-        self.gradients = gradients.attach(method)
+        graphs = CudaGraphs(self.device) if use_graphs(config, method, self.device) else None
+        with nullcontext() if graphs is None else graphs.stream():
+            self.gradients = gradients.attach(method)
+        self.plans = Plans(self.gradients, capture=graphs) if self.device.type == "cuda" else None
+        self._norms = [module for module in method.modules() if isinstance(module, SlicedBatchNorm)]
+        self._modules = list(method.modules())
+        self._channels = lru_cache(maxsize=1024)(self._channels_at)
         self.optimizer = make_optimizer(config.optimizer, method, config.regulariser.groups)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
 
@@ -78,19 +92,22 @@ class TrainStep:
             lr: learning rate. alpha: of the group regularisation.
             labels: [B], int64, on the device, for a method that is `labelled`; they are its targets.
         """
+        with nullcontext() if self.plans is None else self.plans.stream():
+            return self._train(images, widths, lr, alpha, labels)
+
+    def _train(
+        self, images: Tensor, widths: Sequence[float], lr: float, alpha: float, labels: Tensor | None
+    ) -> StepResult:
         joint = self.config.train.step == "joint"
         if self.teacher is not None:
             self.teacher.update()
-        with self.autocast():
-            first = targets = labels if labels is not None else self.method.targets(images, width=widths[0])
+        first = targets = labels if labels is not None else self._targets(images, widths[0])
 
         losses, projections = [], []
         self.gradients.zero_()
         for index, width in enumerate(widths):
-            with self.autocast():
-                loss, projection, targets = self.method(images, width=width, full=index == 0, targets=targets)
-            self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
+            loss, projection, targets = self._pass(images, targets, width, full=index == 0)
+            losses.append(loss)
             projections.append(projection)
             if not joint:
                 # As published: the steps of width 1.0 leave the prediction heads out of the regulariser.
@@ -100,6 +117,44 @@ class TrainStep:
             self._update(lr, alpha, regularise_predictors=True)
         self.method.finish_iteration(first, self.world)
         return StepResult(torch.stack(losses), projections)
+
+    def _targets(self, images: Tensor, width: float) -> Tensor | None:
+        """Of the teacher, if there is one."""
+
+        def work(images: Tensor) -> tuple[Tensor | None]:
+            with self.autocast():
+                return (self.method.targets(images, width=width),)
+
+        if self.plans is None or self.method.config.target == "live":
+            return work(images)[0]
+        # A distilling teacher runs at one width, whatever the student's is.
+        return self._planned(("targets", None if self.method.distils else self._channels(width)), work, images)[0]
+
+    def _pass(
+        self, images: Tensor, targets: Tensor | None, width: float, *, full: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Forward and backward of one width: its loss, its projections, and the targets of those that follow."""
+
+        def work(images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+            with self.autocast():
+                loss, projection, targets = self.method(images, width=width, full=full, targets=targets)
+            self.scaler.scale(loss).backward()
+            return loss.detach(), projection, targets
+
+        if self.plans is None:
+            return work(images, targets)
+        return self._planned(("pass", self._channels(width), full), work, images, targets)
+
+    def _planned(self, key: Hashable, work: Callable[..., Any], *inputs: Tensor | None) -> Any:
+        assert self.plans is not None
+        for norm in self._norms:
+            norm.forget_calibration()  # as their forwards would, which a graph does not run
+        return self.plans.run((key, tuple([module.training for module in self._modules])), work, *inputs)
+
+    def _channels_at(self, width: float) -> Hashable:
+        """Equal for widths that make the same network of the student."""
+        set_width(self.method.encoder_q, width)
+        return plan_key(self.method.encoder_q)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of the forward passes."""
@@ -419,6 +474,35 @@ class Trainer:
         if signal.SIGTERM in stopped_by:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
+
+
+def use_graphs(config: Config, method: Method, device: torch.device) -> bool:
+    """Whether the passes of a width are to be CUDA graphs.
+
+    Raises ConfigError where they cannot be, and `train.graphs` is true.
+    """
+    wanted = config.train.graphs
+    reason = why_no_graphs(method, device)
+    if reason is not None and wanted == "true":
+        raise ConfigError(f"train.graphs=true: {reason}")
+    own = type(method).__module__.startswith("us3l.")
+    if reason is None and not own and wanted == "auto":
+        reason = (
+            "a graph repeats the kernels of a method and nothing else that it does; train.graphs=true says that "
+            f"{type(method).__name__} needs no more"
+        )
+    if reason is not None and wanted == "auto" and device.type == "cuda":
+        log.warning("train.graphs=auto: no CUDA graphs: %s", reason)
+    return reason is None and wanted != "false"
+
+
+def why_no_graphs(method: Method, device: torch.device) -> str | None:
+    """Why the passes of a width cannot be CUDA graphs; None if they can."""
+    if device.type != "cuda":
+        return f"CUDA graphs are for GPUs, train.device is {device}"
+    if method.feature_distillation is not None:
+        return "the features that method.feature_weight distils pass from one width to the next outside of the graphs"
+    return None
 
 
 def make_optimizer(config: OptimizerConfig, method: Method, groups: int) -> SGD | LARS | AdamW:

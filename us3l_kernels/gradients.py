@@ -72,9 +72,13 @@ class Slot:
                 f"{self.name!r} has tensor hooks, which never see a gradient that is accumulated in place. "
                 "Remove them, or us3l_kernels.gradients.detach(model) first"
             )
+        self.mark()
+        return self.view
+
+    def mark(self) -> None:
+        """Something is added to the gradient now, by a backward or by a replay of one (us3l_kernels.plans)."""
         self._link()
         self.touched, self.zero = True, False
-        return self.view
 
     def refuse_ddp(self) -> None:
         """Raises inside the forward of a DistributedDataParallel, whose reducer would wait for gradients in vain."""

@@ -11,7 +11,7 @@ Techniques", ICCV 2019) runs at any width in (0, 1]: every sliced layer keeps a 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 
@@ -65,6 +65,10 @@ class Sliced:
         # are several in a training step.
         vars(self).update(active_width=width, width_key=key)
 
+    def plan_key(self) -> Hashable:
+        """What the width in effect decides in training: layers with equal keys do the same with the same input."""
+        return self.active_width
+
 
 class FixedWidths(Sliced):
     """A sliced layer that offers the widths of a list and no others."""
@@ -87,6 +91,9 @@ class SlicedOutput(Sliced):
     def channels_at(self, width: float) -> int:
         """The number of output channels at `width`."""
         raise NotImplementedError
+
+    def plan_key(self) -> Hashable:
+        return self.channels_at(self.active_width)
 
 
 def _check_width(width: object, name: str = "width") -> float:
@@ -200,6 +207,14 @@ def set_width(model: nn.Module, width: Width) -> None:
     key = _key(plan)
     for layer, active in widths.items():
         layer.set_active(active, key)
+
+
+def plan_key(model: nn.Module) -> Hashable:
+    """What the widths in effect make of `model` in training: equal for widths that round to the same channels.
+
+    Raises ValueError for a model without sliced layers.
+    """
+    return tuple([layer.plan_key() for layer in _sliced_layers(model).values()])
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Backend `aten`: PyTorch's own kernels (oneDNN, cuDNN, cuBLAS) on the prefix views of the parameters.
 
 At full width the results are those of torch.nn, bit for bit. What slicing costs here is what ATen makes of a strided
-weight: one compact copy of the slice for a convolution, none for a matrix product.
+weight: one compact copy of the slice for a convolution, none for a matrix product. Casts of weights and additions of
+gradients go through `us3l_kernels.packed`, which does them for all layers of a width at once where it is asked to.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from us3l_kernels.backends import Backend
+from us3l_kernels.packed import accumulate_, cast
 from us3l_kernels.reference import activation_mask, active_conv_weight
 
 aten = torch.ops.aten
@@ -54,8 +56,8 @@ class AtenBackend(Backend):
         groups: int,
     ) -> Tensor:
         active, groups = active_conv_weight(weight, x.size(1), out_channels, groups)
-        active_bias = None if bias is None else bias[:out_channels].to(x.dtype)
-        return F.conv2d(x, active.to(x.dtype), active_bias, stride, padding, dilation, groups)
+        active_bias = None if bias is None else cast(bias, bias[:out_channels], x.dtype)
+        return F.conv2d(x, cast(weight, active, x.dtype), active_bias, stride, padding, dilation, groups)
 
     def conv2d_backward(
         self,
@@ -75,7 +77,7 @@ class AtenBackend(Backend):
         dx, dw, db = aten.convolution_backward(
             grad,
             x,
-            active.to(x.dtype),
+            cast(weight, active, x.dtype),
             None if grad_bias is None else [out_channels],
             stride,
             padding,
@@ -86,14 +88,15 @@ class AtenBackend(Backend):
             [need_grad_x, grad_weight is not None, grad_bias is not None],
         )
         if grad_weight is not None:
-            active_conv_weight(grad_weight, x.size(1), out_channels, groups)[0].add_(dw)
+            accumulate_(active_conv_weight(grad_weight, x.size(1), out_channels, groups)[0], dw)
         if grad_bias is not None:
-            grad_bias[:out_channels].add_(db)
+            accumulate_(grad_bias[:out_channels], db)
         return dx
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
-        active_bias = None if bias is None else bias[:out_features].to(x.dtype)
-        return F.linear(x[..., :in_features], weight[:out_features, :in_features].to(x.dtype), active_bias)
+        active_bias = None if bias is None else cast(bias, bias[:out_features], x.dtype)
+        active = cast(weight, weight[:out_features, :in_features], x.dtype)
+        return F.linear(x[..., :in_features], active, active_bias)
 
     def linear_backward(
         self,
@@ -113,12 +116,12 @@ class AtenBackend(Backend):
             if destination.dtype == rows.dtype:
                 destination.addmm_(rows.t(), inputs)  # straight into the slice
             else:
-                destination.add_(torch.mm(rows.t(), inputs))
+                accumulate_(destination, torch.mm(rows.t(), inputs))
         if grad_bias is not None:
-            grad_bias[:out_features].add_(rows.sum(0))
+            accumulate_(grad_bias[:out_features], rows.sum(0))
         if not need_grad_x:
             return None
-        active = weight[:out_features, :in_features].to(grad.dtype)
+        active = cast(weight, weight[:out_features, :in_features], grad.dtype)
         if in_features == x.size(-1):
             return torch.mm(rows, active).view(x.shape)
         dx = x.new_zeros(x.shape)
@@ -198,9 +201,9 @@ class AtenBackend(Backend):
         ]
         for _, dw, db in parts:
             if grad_weight is not None:
-                grad_weight[:c].add_(dw)
+                accumulate_(grad_weight[:c], dw)
             if grad_bias is not None:
-                grad_bias[:c].add_(db)
+                accumulate_(grad_bias[:c], db)
         if not need_grad_x:
             return None, grad
         return (parts[0][0] if len(parts) == 1 else torch.cat([p[0] for p in parts])), grad
@@ -231,7 +234,7 @@ class AtenBackend(Backend):
         b = mean.new_zeros(c, dtype=(x if w is None else w).dtype) if grad_bias is not None else None
         dx, dw, db = aten.native_layer_norm_backward(grad, x, [c], mean, rstd, w, b, mask)
         if grad_weight is not None:
-            grad_weight[:c].add_(dw)
+            accumulate_(grad_weight[:c], dw)
         if grad_bias is not None:
-            grad_bias[:c].add_(db)
+            accumulate_(grad_bias[:c], db)
         return dx

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Hashable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,6 +84,9 @@ class SlicedBatchNorm(Sliced, _Norm):
         """Whether forward, as things stand, normalises with the statistics of its batch and keeps nothing of them."""
         running = self.track_running_stats and self.width_key == self.running_key
         return self.training and self.moments is None and not running and not self.sync
+
+    def plan_key(self) -> Hashable:
+        return self.track_running_stats and self.width_key == self.running_key  # its channels are x's
 
     def forget_calibration(self) -> None:
         """Drop the calibrated statistics, unless some are being taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ class SlicedLayerNorm(Sliced, nn.LayerNorm):
                 f"got {normalized_shape!r}"
             )
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
+
+    def plan_key(self) -> Hashable:
+        return None  # its channels are x's
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., C] with C <= normalized_shape -> [..., C]."""

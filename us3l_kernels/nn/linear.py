@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -62,6 +63,9 @@ class SlicedLinear(SlicedOutput, nn.Linear):
         if not self.slice_out:
             return self.out_features
         return active_channels(self.out_features, width, divisor=self.divisor, ratio=self.ratio)
+
+    def plan_key(self) -> Hashable:
+        return self.active_out_features, self.slice_in and self.in_features_at(self.active_width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., C] with C <= in_features -> [..., active_out_features]."""
