@@ -19,6 +19,7 @@ from us3l.errors import ConfigError
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_plain_loop_on_two_processes():
     """A stock optimizer and DistributedDataParallel: other images, other losses, and yet the same weights."""
     code = "import examples.plain_loop as example; example.main(steps=2)"

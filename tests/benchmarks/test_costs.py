@@ -51,7 +51,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @linux
-@pytest.mark.parametrize("name", ["us3l", "eager"])
+@pytest.mark.parametrize("name", ["us3l", pytest.param("eager", marks=pytest.mark.slow)])
 def test_memory_of_a_side(name):
     # A process of its own, as `measure` has one: in this one freed memory may lie ready.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

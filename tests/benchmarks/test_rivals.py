@@ -70,7 +70,7 @@ def test_regulariser_decays_later_channels_less():
     torch.testing.assert_close(conv[[0, 3, 4, 31]], 0.1 * torch.tensor([1, 1, 0.95, 0.65]))
 
 
-@pytest.mark.parametrize("model", ["resnet_tiny", "mobilenet_v2"])
+@pytest.mark.parametrize("model", ["resnet_tiny", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def test_standalone_networks_are_the_sub_networks_without_slicing(model):
     """Same losses, and their gradients at full size add up to the joint gradient."""
     settings = replace(TINY, model=model, lr=1e-3, weight_decay=0.0)

@@ -272,7 +272,23 @@ def test_tensor_hooks_raise(setup, kind):
         network(x).backward(grad)
 
 
-def test_ddp_raises(setup, tmp_path):
+def test_ddp_takes_full_gradients(setup, tmp_path):
+    network, x, grad = setup
+    network(x).backward(grad)
+    plain = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(network, find_unused_parameters=True)
+        wrapped(x).backward(grad)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(plain) > 2
+    for name, gradient in plain.items():
+        assert torch.equal(network.get_parameter(name).grad, gradient)
+
+
+def test_ddp_raises_when_attached(setup, tmp_path):
     network, x, _ = setup
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

@@ -6,6 +6,8 @@ gradient holds a canary (nothing outside may be written).
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -479,25 +481,35 @@ class Network(torch.nn.Module):
         return functional.linear(y, self.matrix)
 
 
-def test_compile_full_graph():
+CASES = list(itertools.product((12, 16), (True, False)))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "cases"),
+    [
+        ("aot_eager", CASES),
+        ("inductor", CASES[:1]),  # its compiler takes seconds for each graph
+        pytest.param("inductor", CASES, marks=pytest.mark.slow),
+    ],
+)
+def test_compile_full_graph(compiler, cases):
     torch.manual_seed(0)
     network, x = Network(), torch.randn(4, 6, 5, 5).contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
-    compiled = torch.compile(network, fullgraph=True)
-    for channels in (12, 16):
-        for training in (True, False):
-            network.train(training)
-            running = network.mean.clone(), network.var.clone()
-            results = []
-            for run in (network, compiled):
-                network.mean.copy_(running[0]), network.var.copy_(running[1])
-                network.zero_grad()
-                x.grad = None
-                y = run(x, channels)
-                y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
-                results.append([y, x.grad, network.mean.clone(), *(p.grad for p in network.parameters())])
-            for eager, graph in zip(*results, strict=True):
-                torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(network, fullgraph=True, backend=compiler)
+    for channels, training in cases:
+        network.train(training)
+        running = network.mean.clone(), network.var.clone()
+        results = []
+        for run in (network, compiled):
+            network.mean.copy_(running[0]), network.var.copy_(running[1])
+            network.zero_grad()
+            x.grad = None
+            y = run(x, channels)
+            y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+            results.append([y, x.grad, network.mean.clone(), *(p.grad for p in network.parameters())])
+        for eager, graph in zip(*results, strict=True):
+            torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -572,11 +584,13 @@ def test_norms_keep_float32_statistics_of_half_precision_images(on, dtype, param
         torch.library.opcheck(torch.ops.us3l.layer_norm.default, (flat, w, b, 1e-5, on))
 
 
-def test_half_precision_modules_compile_and_run_under_autocast():
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_half_precision_modules_compile_and_run_under_autocast(compiler):
     for dtype in (torch.bfloat16, torch.float16):
         network, x = Network().to(dtype), torch.randn(4, 6, 5, 5, dtype=dtype)
         expected = network(x, 12)
-        torch.testing.assert_close(torch.compile(network, fullgraph=True)(x, 12), expected, rtol=5e-2, atol=5e-2)
+        compiled = torch.compile(network, fullgraph=True, backend=compiler)
+        torch.testing.assert_close(compiled(x, 12), expected, rtol=5e-2, atol=5e-2)
         with torch.autocast("cpu", torch.bfloat16):
             linear, norm = torch.nn.Linear(12, 7).to(dtype), torch.nn.LayerNorm(12).to(dtype)
             y = torch.randn(3, 12, dtype=dtype)

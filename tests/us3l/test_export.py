@@ -57,8 +57,7 @@ def run_alone(program: str, *arguments: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("width", [0.5, PLAN], ids=["width", "plan"])
-@pytest.mark.parametrize("fold", [False, True], ids=["norms", "folded"])
+@pytest.mark.parametrize(("width", "fold"), [(0.5, True), (PLAN, False)], ids=["width-folded", "plan-norms"])
 def test_program(tmp_path: Path, width: Width, fold: bool) -> None:
     model = backbone(width=width)
     written = export(model, width, tmp_path / "a.pt2", image_shape=SHAPE, fold=fold, about={"data": "random"})

@@ -59,9 +59,9 @@ def _randomise(model: nn.Module) -> None:
         ("resnet18", "imagenet", 1.0),
         ("resnet18", "cifar", 0.6),
         ("resnet34", "imagenet", 0.3),
-        ("resnet50", "imagenet", 0.6),
+        pytest.param("resnet50", "imagenet", 0.6, marks=pytest.mark.slow),
         ("resnet50", "cifar", 0.8),
-        ("resnet101", "cifar", 0.3),
+        pytest.param("resnet101", "cifar", 0.3, marks=pytest.mark.slow),
     ],
 )
 def test_resnet_is_torchvisions(name: str, stem: str, width: float) -> None:

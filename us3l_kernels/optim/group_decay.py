@@ -81,8 +81,10 @@ class GroupDecayOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim.Optimizer's; a state whose groups lack one of our options raises ValueError."""
+        # torch adds an option of its own to the defaults whenever a state is loaded.
+        options = self.defaults.keys() - {"differentiable"}
         for group in state_dict["param_groups"]:
-            if missing := sorted(self.defaults.keys() - group.keys()):
+            if missing := sorted(options - group.keys()):
                 raise ValueError(
                     f"state_dict was not saved by us3l_kernels.optim.{type(self).__name__}: "
                     f"its param_groups have no {', '.join(missing)}"
