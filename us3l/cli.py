@@ -225,7 +225,9 @@ def export(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="A checkpoint of the authors' code, or weights of torchvision or timm.")],
+    file: Annotated[
+        Path, typer.Argument(help="A checkpoint of the authors' code, of MoCo or SEED; weights of torchvision or timm.")
+    ],
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
     overrides: Overrides = None,
     config: Annotated[str | None, typer.Option(help="A YAML file, or the name of a recipe, of this network.")] = None,
@@ -235,7 +237,7 @@ def import_(
     The configuration has to describe the network of the file, e.g. model.name=resnet50 model.stem=imagenet.
     """
     from us3l import config as configs
-    from us3l.imports import import_checkpoint
+    from us3l.imports import few, import_checkpoint
 
     loaded = configs.load(config, overrides or ())
     imported = import_checkpoint(loaded, file, out)
@@ -247,7 +249,7 @@ def import_(
         f"as in a new run: {', '.join(['projector'] * any('.fc.' in name for name in imported.initial) + heads)}": bool(
             imported.initial
         ),
-        f"in the file and not used: {', '.join(imported.unused)}": bool(imported.unused),
+        f"in the file and not used: {few(imported.unused)}": bool(imported.unused),
     }
     for note, holds in notes.items():
         if holds:
@@ -433,23 +435,37 @@ def parity(
 
 @app.command()
 def reproduce(
-    what: Annotated[str, typer.Argument(help="table1: the paper's Table 1.")],
-    scale: Annotated[str, typer.Option(help="mini: 14x14 images, half a minute a run.")] = "mini",
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0 on.")] = 3,
-    json: Annotated[Path, typer.Option("--json", help="Write the numbers to this file.")] = Path(
-        "runs/table1_mini.json"
+    what: Annotated[
+        str, typer.Argument(help="table1, ablation-guidelines, ablation-sampling, ablation-groupreg, cifar or vit.")
+    ],
+    overrides: Overrides = None,
+    scale: Annotated[
+        str, typer.Option(help="mini: small networks on 14x14 images, half a minute a run; full: the paper's recipes.")
+    ] = "mini",
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds, from 0 on; default: 3, or 1 for full.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results, and of what is kept of single runs.")] = Path(
+        "runs/reproduce"
     ),
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; default: one for each CPU core, or for full each GPU.")
+    ] = None,
 ) -> None:
-    """Train every row of a table of the paper at a small scale, and check its claims; exit status 1 if one fails."""
-    from us3l.reproduce import reproduce_table1
+    """Train and evaluate every row of a table of the paper; exit status 1 if one of its claims fails.
 
-    if what != "table1":
-        raise ConfigError(f"reproduce: expected table1, got {what!r}")
-    try:
-        result = reproduce_table1(scale, seeds, json, console=console)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if not result["passed"]:
+    What was done before is not done again.
+    """
+    from us3l.reproduce import reproduce as run_table
+
+    report = run_table(
+        what,
+        scale,
+        seeds=seeds,
+        folder=out,
+        overrides=overrides or (),
+        console=console,
+        processes=processes,
+    )
+    if not report["passed"]:
         raise typer.Exit(1)
 
 

@@ -95,6 +95,7 @@ class MethodConfig:
     # live: the full network's own detached projections; frozen: those of the network in `teacher`
     target: str = _one_of("momentum", "live", "frozen")
     momentum: float = _number(0.99, least=0, most=1)  # of the teacher: t = m t + (1 - m) s, once per iteration
+    momentum_schedule: str = _one_of("constant", "cosine")  # cosine: from `momentum` to 1 over the run
     teacher: str | None = None  # target=frozen: a checkpoint
     queue_size: int = _number(65536, least=1)  # past targets that moco_v2 and seed keep
     distillation: str = _one_of("cosine", "infonce", "mse", "kl", "relational", "none")  # none: the base loss again

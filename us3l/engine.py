@@ -31,7 +31,7 @@ from us3l.evaluation.protocol import Probe
 from us3l.methods import GUIDELINES, Method, build_method
 from us3l.monitor import Monitor, WidthReading, say
 from us3l.sampling import largest_width, make_sampler
-from us3l.schedule import group_alpha, parameter_groups, set_group_regularisation
+from us3l.schedule import group_alpha, parameter_groups, set_group_regularisation, teacher_momentum
 from us3l_kernels import gradients
 from us3l_kernels.nn.batch_norm import SlicedBatchNorm
 from us3l_kernels.optim import LARS, SGD, AdamW
@@ -42,7 +42,7 @@ log = logging.getLogger("us3l")
 
 # Keys that may differ between a checkpoint's configuration and that of the run which goes on from it: they decide
 # where a run happens and what it reports, not what it computes (threads and device: see check_environment).
-_NOT_COMPUTED = (
+NOT_COMPUTED = (
     "checkpoint.", "data.root", "data.workers", "train.device", "train.threads", "train.log_every", "train.knn_every",
     "train.graphs",
 )  # fmt: skip
@@ -289,6 +289,9 @@ class Trainer:
         for images, labels in self._batches():
             widths = self.sampler.draw(self.epoch)
             lr = learning_rate(config.optimizer, self.steps_done, batches, config.train.epochs)
+            if self.step.teacher is not None:
+                steps = batches * config.train.epochs
+                self.step.teacher.momentum = teacher_momentum(config.method, self.steps_done, steps)
             images = images.to(self.device, memory_format=self.memory_format, non_blocking=True)
             losses, projections = self.step(images, widths, lr=lr, alpha=alpha, labels=labels)
 
@@ -427,7 +430,7 @@ class Trainer:
         changes = [
             f"{key}: {old!r} then, {new!r} now"
             for key, old, new in differences(state["config"], to_dict(self.config))
-            if not key.startswith(_NOT_COMPUTED)
+            if not key.startswith(NOT_COMPUTED)
         ]
         if changes:
             raise CheckpointError(f"{path} belongs to a run with another configuration ({'; '.join(changes)})")

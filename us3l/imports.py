@@ -1,8 +1,15 @@
-"""Weights from elsewhere: the authors' checkpoints, and those of torchvision and timm, become a checkpoint of ours.
+"""Weights from elsewhere become a checkpoint of ours: the US3L authors', those of MoCo and SEED, torchvision's, timm's.
 
-The authors' files are dicts whose `state_dict` has the names of a whole method behind `module.` (DataParallel):
-`module.encoder_q.*` and `module.encoder_k.*` (backbone, projector `fc`), `module.predictor.*` and, in BYOL,
-`module.predictor_new.*` (the head that sub-networks are distilled through). Other files have the names of a backbone.
+Files of a whole method are dicts whose `state_dict` has its names behind `module.` (DataParallel):
+
+| file | student | teacher | besides |
+|---|---|---|---|
+| the US3L authors' | `encoder_q` | `encoder_k` | `predictor`; BYOL's head of sub-networks is `predictor_new` |
+| MoCo v1, v2 | `encoder_q` | `encoder_k` | `queue` [D, K], `queue_ptr` |
+| MoCo v3 | `base_encoder` | `momentum_encoder` | `predictor`; a ViT's projector is `head` |
+| SEED | `student` | `teacher`, which stays in its own file here | `queue`, `queue_ptr` |
+
+The projector is the encoder's `fc`. Other files have the names of a backbone.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ from us3l.config import Config, to_dict
 from us3l.engine import make_optimizer
 from us3l.errors import CheckpointError
 from us3l.methods import Method, build_method
-from us3l.models import MobileNetV2
+from us3l.models import MobileNetV2, VisionTransformer
 from us3l.models.mobilenet_v2 import STAGES
 from us3l.sampling import make_sampler
 from us3l_kernels.nn import load_statistics
@@ -86,11 +93,13 @@ def load_weights(method: Method, weights: Mapping[str, Tensor]) -> Imported:
 
     The backbone must be in the file as a whole; heads that are not keep their initial values. A teacher that is not
     becomes a copy of the student. Running statistics of a plain backbone become the statistics of width 1.0; those of
-    the authors' networks, which mix all widths, are left out.
+    a whole method are left out, because the authors' mix all widths.
 
     Raises CheckpointError, and changes nothing, if a tensor has another shape here, or the backbone is not complete.
     """
-    whole = any(name.startswith("encoder_q.") for name in weights)
+    whole = any(name.startswith(tuple(_ENCODERS)) for name in weights)
+    if "queue" in weights and "queue_ptr" in weights:
+        weights = {**weights, "queue": weights["queue"].T, "queue_ptr": weights["queue_ptr"].squeeze()}
     given = {_our_name(name, method, whole): name for name in weights}
     own = method.state_dict()
     wrong = [
@@ -100,14 +109,14 @@ def load_weights(method: Method, weights: Mapping[str, Tensor]) -> Imported:
     ]
     if wrong:
         raise CheckpointError(
-            f"the weights are of another network ({_few(wrong)}). Keys that decide shapes are model.name, model.stem, "
-            "model.in_channels, method.name, method.hidden_dim and method.dim"
+            f"the weights are of another network ({few(wrong)}). Keys that decide shapes are model.name, model.stem, "
+            "model.in_channels, method.name, method.hidden_dim, method.dim and method.queue_size"
         )
     backbone = [name for name in own if name.startswith("encoder_q.") and not name.startswith("encoder_q.fc.")]
     if missing := [name for name in backbone if name not in given]:
         raise CheckpointError(
             f"the weights are of another network: {len(missing)} of the {len(backbone)} tensors of the backbone are "
-            f"not in the file ({_few(missing)}). The file has {_few(list(weights))}"
+            f"not in the file ({few(missing)}). The file has {few(list(weights))}"
         )
     matched = [name for name in own if name in given]
     values = {name: weights[given[name]] for name in matched}
@@ -163,15 +172,34 @@ def import_checkpoint(config: Config, path: str | Path, out: str | Path) -> Impo
     return imported
 
 
-def _few(names: list[str], most: int = 4) -> str:
+def few(names: list[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
     more = f", and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
+_ENCODERS = {
+    "encoder_q.": "encoder_q.",
+    "encoder_k.": "encoder_k.",
+    "base_encoder.": "encoder_q.",
+    "momentum_encoder.": "encoder_k.",
+    "student.": "encoder_q.",
+}
+_QUEUE = {"queue": "queue.keys", "queue_ptr": "queue.position"}
+
+
 def _our_name(name: str, method: Method, whole: bool) -> str:
-    """The name here of a tensor of the authors' method (`whole`) or of a backbone."""
+    """The name here of a tensor of a published method (`whole`) or of a backbone."""
     if not whole:
         return f"encoder_q.{_mobilenet_name(name) if isinstance(method.encoder_q, MobileNetV2) else name}"
+    for theirs, ours in _ENCODERS.items():
+        if name.startswith(theirs):
+            inner = name.removeprefix(theirs)
+            if isinstance(method.encoder_q, VisionTransformer):
+                inner = re.sub("^head[.]", "fc.", inner)
+            return ours + inner
+    if name in _QUEUE:
+        return _QUEUE[name]
     # SimCLR's only predictor is that of its sub-networks.
     auxiliary = "predictor." if method.predictor is None else "predictor_new."
     return f"aux_predictor.{name.removeprefix(auxiliary)}" if name.startswith(auxiliary) else name

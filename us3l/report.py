@@ -24,10 +24,14 @@ _MARKERS = "osD^vP*X"
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as JSON so that `path` holds the old file or the whole new one, whatever happens."""
+    """Write `value` as JSON; as of :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` so that `path` holds the old file or the whole new one, whatever happens."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -41,6 +45,12 @@ def write_json(path: str | Path, value: Any) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns but the first to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
 
 
 def quantity(number: float) -> str:
@@ -137,7 +147,7 @@ def plot_accuracy(
             yerr=deviations if any(deviations) else None,
             label=name,
             color=_COLOURS[index % len(_COLOURS)],
-            marker=_MARKERS[index % len(_MARKERS)],
+            marker=_MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)],  # no two lines alike
             markersize=5,
             linewidth=1.6,
             capsize=2,

@@ -1,12 +1,14 @@
-"""The paper's Table 1 at a scale that a laptop trains: every row of it, the claims it makes, checked.
+"""The paper's tables (`us3l.tables`) trained, evaluated, printed beside the paper's figures, and their claims checked.
 
-A *cell* is one training run: a row of the table and a seed, and for individually trained networks a width.
-Cells are independent, run in processes of one thread each, and leave a JSON file; a cell whose file is there,
-of the same configuration and version of us3l, is not run again.
+A *cell* is one training run: a row and a seed, and for individually trained networks a width. Cells are independent
+and leave a JSON file; a cell whose file is there, of the same configuration and version of us3l, is not run again, and
+tables share cells.
 
-What this scale can show are the gaps between methods, not accuracies: raw pixels are good features of these
-images. Much of the collapse of S-Net comes from four optimizer steps per batch under a strong weight decay,
-and neither the auxiliary head nor the group regularisation makes a difference larger than that between seeds.
+Scales: "full" are the paper's recipes, a cell per GPU at a time, each with its checkpoints, from which it goes on.
+"mini" are small networks on the embedded images, in processes of one thread. What that scale can show are the gaps
+between methods, not accuracies: raw pixels are good features of these images. Much of the collapse of S-Net comes from
+four optimizer steps per batch under a strong weight decay, and neither the auxiliary head nor the group regularisation
+makes a difference larger than that between seeds.
 """
 
 from __future__ import annotations
@@ -29,102 +31,117 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Table as PrintedTable
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from us3l.config import Config, load, recipes, to_dict
-from us3l.engine import Trainer
-from us3l.evaluation import effective_rank, evaluate, spread
-from us3l.methods import Method
-from us3l.report import plot_accuracy, write_json
+from us3l.config import Config, differences, load, to_dict
+from us3l.engine import NOT_COMPUTED, Trainer
+from us3l.errors import ConfigError
+from us3l.evaluation import CIFAR_PROTOCOL, effective_rank, evaluate, spread
+from us3l.methods import GUIDELINES, Method
+from us3l.report import markdown_table, plot_accuracy, write_json, write_text
+from us3l.tables import ROWS, SCALES, TABLES, WIDTHS, Claim, Gap, Row, Spread, Table
 from us3l_kernels.version import __version__
 from us3l_kernels.width import use_width
 
-WIDTHS = (1.0, 0.75, 0.5, 0.25)
 SPREAD_IMAGES = 512
-SCALES = ("mini",)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: its title, its recipe, and the paper's accuracies by width (%; None: collapses)."""
-
-    title: str
-    recipe: str
-    paper: tuple[float | None, ...] = ()
-
-
-ROWS = {
-    "random": Row("random initialisation", "mini_us3l"),
-    "individual": Row("SimSiam, individually trained", "mini_individual", (65.2, 64.0, 60.6, 51.2)),
-    "snet": Row("SimSiam, S-Net", "mini_snet", (None, None, None, None)),
-    "snet_distilled": Row("SimSiam, S-Net + distillation", "mini_snet_distilled", (46.9, 46.9, 46.7, 45.3)),
-    "us3l": Row("US3L", "mini_us3l", (65.5, 65.3, 63.2, 59.7)),
-    "us3l_no_teacher": Row("US3L without momentum teacher", "mini_us3l_no_teacher"),
-    "us3l_sandwich": Row("US3L, sandwich rule throughout", "mini_us3l_sandwich"),
-}
+SEEDS = {"mini": 3, "full": 1}
+"""Number of seeds, where none is given."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run. `width` is that of an individually trained network, else None."""
+    """One training run.
 
-    row: str
+    name: key of `us3l.tables.ROWS`. width: of an individually trained network, else None.
+    folder: where its JSON file and checkpoints lie. overrides: of its recipe, after those of the row.
+    """
+
+    name: str
+    scale: str
     seed: int
+    folder: Path
     width: float | None = None
+    overrides: tuple[str, ...] = ()
 
     @property
-    def name(self) -> str:
+    def row(self) -> Row:
+        return ROWS[self.name]
+
+    @property
+    def title(self) -> str:
         width = "" if self.width is None else f"-{self.width}"
-        return f"{self.row}{width}-seed{self.seed}"
+        return f"{self.name}{width}-seed{self.seed}"
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.title}.json"
 
     def config(self) -> Config:
-        overrides = [f"train.seed={self.seed}", "checkpoint.dir=null"]  # short enough to start again
+        recipe, *overrides = self.row.recipes[self.scale]
+        overrides.append(f"train.seed={self.seed}")
         if self.width is not None:
             overrides.append(f"sampler.widths=[{self.width}]")
-        return load(ROWS[self.row].recipe, overrides)
+        config = load(recipe, [*overrides, *self.overrides])
+        # A mini cell is short enough to start again.
+        keeps = self.scale == "full" and self.row.trained
+        config.checkpoint.dir = str(self.folder / self.title) if keeps else None
+        return config
 
 
-def cells(rows: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
-    """All cells of the rows, the longest runs first, so that parallel processes finish together."""
+def cells(
+    table: Table, scale: str, seeds: Sequence[int], folder: str | Path, overrides: Sequence[str] = ()
+) -> list[Cell]:
+    """All cells of a table, the longest runs first, so that parallel processes finish together."""
     found = []
-    for row in sorted(rows, key=lambda row: row in ("random", "individual")):
+    for name in sorted(table.rows, key=lambda name: ROWS[name].alone or not ROWS[name].trained):
         for seed in seeds:
-            found += [Cell(row, seed, width) for width in (WIDTHS if row == "individual" else (None,))]
+            for width in WIDTHS if ROWS[name].alone else (None,):
+                found.append(Cell(name, scale, seed, Path(folder), width, tuple(overrides)))
     return found
 
 
 # ------------------------------------------------------------------------------------------- one training run
 
 
-def run_cell(cell: Cell, on_epoch: Callable[[int], None]) -> dict[str, Any]:
-    """Train (except random weights) and evaluate one cell; its result, as its JSON file holds it.
+def run_cell(cell: Cell, on_epoch: Callable[[int], None], *, device: str | None = None) -> dict[str, Any]:
+    """Train (except initial weights) and evaluate one cell; its result, as its JSON file holds it.
 
-    on_epoch: called with the number of epochs done.
+    on_epoch: called with the number of epochs done. device: that of a configuration which leaves the choice.
     """
     start = time.perf_counter()
     config = cell.config()
+    if device is not None and config.train.device == "auto":
+        config.train.device = device
     trainer = Trainer(config, console=Console(quiet=True), on_epoch=on_epoch)
-    if cell.row != "random":
+    if cell.row.trained:
+        if config.checkpoint.dir is not None:
+            trainer.resume("auto")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*violates all three guidelines")  # that is their point
             trainer.fit()
     method, data = trainer.method, trainer.data
     widths = WIDTHS if cell.width is None else (cell.width,)
-    rows = evaluate(method.encoder_q, data, widths, probe="linear")
-    images = torch.cat([images for images, _ in data.train_eval])[:SPREAD_IMAGES].to(trainer.device)
-    for row in rows:
-        embeddings = projections(method, images, row["width"])
-        row.update(spread=spread(embeddings), effective_rank=effective_rank(embeddings))
+    if method.labelled:
+        rows = evaluate(method.encoder_q, data, widths, "classifier")
+    else:
+        protocol = CIFAR_PROTOCOL if cell.scale == "full" else None
+        rows = evaluate(method.encoder_q, data, widths, "linear", protocol=protocol)
+        images = torch.cat([images for images, _ in data.train_eval])[:SPREAD_IMAGES].to(trainer.device)
+        for row in rows:
+            embeddings = projections(method, images, row["width"])
+            row.update(spread=spread(embeddings), effective_rank=effective_rank(embeddings))
     return {
-        "row": cell.row,
+        "row": cell.name,
         "seed": cell.seed,
         "width": cell.width,
         "rows": rows,
         "average_widths": trainer.sampler.average_widths(config.train.epochs),
+        "guidelines": [name for name in GUIDELINES if name not in method.violates_guidelines()],
         "seconds": round(time.perf_counter() - start, 1),
-        **_decisive(config),
+        "us3l": __version__,
+        "config": to_dict(config),
     }
 
 
@@ -142,44 +159,43 @@ def projections(method: Method, images: Tensor, width: float) -> Tensor:
 # ------------------------------------------------------------------------------------------- all runs
 
 
-def run_cells(
-    todo: Sequence[Cell], folder: Path, console: Console, *, processes: int | None = None
-) -> list[dict[str, Any]]:
-    """Results of the cells, in their order; those that `folder` lacks are run, with a progress display.
+def run_cells(todo: Sequence[Cell], console: Console, *, processes: int | None = None) -> list[dict[str, Any]]:
+    """Results of the cells, in their order; those without a file are run, with a progress display.
 
-    processes: at the same time, each of one thread; None: one per CPU core.
+    processes: at the same time; None: one per CPU core at the scale "mini", one per GPU at "full".
     """
-    results = {cell: _kept(cell, folder) for cell in todo}
+    results = {cell: _kept(cell) for cell in todo}
     missing = [cell for cell in todo if results[cell] is None]
     if len(missing) < len(todo):
-        console.print(f"{len(todo) - len(missing)} of {len(todo)} runs are kept from before (in {folder})")
+        console.print(f"{len(todo) - len(missing)} of {len(todo)} runs are kept from before (in {todo[0].folder})")
     if missing:
-        processes = min(processes or os.cpu_count() or 1, len(missing))
-        for cell, result in _run_parallel(missing, console, processes):
-            write_json(folder / f"{cell.name}.json", result)
+        if processes is None:
+            processes = (os.cpu_count() or 1) if todo[0].scale == "mini" else max(1, torch.cuda.device_count())
+        for cell, result in _run_parallel(missing, console, min(processes, len(missing))):
+            write_json(cell.file, result)
             results[cell] = result
     return [result for result in results.values() if result is not None]
 
 
-def _decisive(config: Config) -> dict[str, Any]:
-    """What decides a cell's result: the version, and all of its configuration but the place of its checkpoints."""
-    values = to_dict(config)
-    del values["checkpoint"]
-    return {"us3l": __version__, "config": values}
-
-
-def _kept(cell: Cell, folder: Path) -> dict[str, Any] | None:
+def _kept(cell: Cell) -> dict[str, Any] | None:
+    config = to_dict(cell.config())  # whatever is wrong with it is said before anything runs
     try:
-        result: dict[str, Any] = json.loads((folder / f"{cell.name}.json").read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(cell.file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # ValueError: torn by a crash
         return None
-    return result if _decisive(cell.config()).items() <= result.items() else None
+    changed = [key for key, _, _ in differences(result["config"], config) if not key.startswith(NOT_COMPUTED)]
+    return None if changed or result["us3l"] != __version__ else result
 
 
 def _run_parallel(todo: Sequence[Cell], console: Console, processes: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Run the cells in `processes` processes; yields each as it is done."""
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    queue: Any = context.Queue()
+    messages: Any = context.Queue()
+    places: Any = context.Queue()
+    for place in range(processes):
+        places.put(place)
+    # One core each at the small scale: results do not depend on how many there are.
+    threads = 1 if todo[0].scale == "mini" else max(1, (os.cpu_count() or 1) // processes)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -189,7 +205,7 @@ def _run_parallel(todo: Sequence[Cell], console: Console, processes: int) -> Ite
     )
     with (
         Progress(*columns, console=console, transient=True) as progress,
-        ProcessPoolExecutor(processes, context, _start_process, (queue,)) as pool,
+        ProcessPoolExecutor(processes, context, _start_process, (messages, places, threads)) as pool,
     ):
         overall = progress.add_task("all runs", total=len(todo), unit="runs")
         running: dict[Cell, TaskID] = {}
@@ -197,13 +213,13 @@ def _run_parallel(todo: Sequence[Cell], console: Console, processes: int) -> Ite
         try:
             while pending:
                 done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                for cell, epoch, epochs in _drain(queue):
+                for cell, epoch, epochs in _drain(messages):
                     if cell not in pending.values():  # this message came later than its result
                         continue
                     if cell not in running:
-                        running[cell] = progress.add_task(cell.name, total=epochs, unit="epochs")
+                        running[cell] = progress.add_task(cell.title, total=epochs, unit="epochs")
                         if not console.is_terminal:
-                            console.print(f"training {cell.name}")
+                            console.print(f"training {cell.title}")
                     progress.update(running[cell], completed=epoch)
                 for future in done:
                     cell = pending.pop(future)
@@ -220,18 +236,22 @@ def _run_parallel(todo: Sequence[Cell], console: Console, processes: int) -> Ite
 
 def _line(cell: Cell, result: Mapping[str, Any]) -> str:
     accuracies = "  ".join(f"{row['width']}: {row['accuracy']:.1f}" for row in result["rows"])
-    return f"{cell.name:<26} {result['seconds']:5.0f} s   accuracy  {accuracies}"
+    return f"{cell.title:<26} {result['seconds']:5.0f} s   accuracy  {accuracies}"
 
 
-_queue: Any = None  # of a worker process, to report its progress by
+_messages: Any = None  # of a worker process, to report its progress by
+_device = "cpu"  # of a worker process
 
 
-def _start_process(queue: Any) -> None:
-    global _queue
-    _queue = queue
+def _start_process(messages: Any, places: Any, threads: int) -> None:
+    global _messages, _device
+    _messages = messages
+    place = places.get()
+    if torch.cuda.is_available():
+        _device = f"cuda:{place % torch.cuda.device_count()}"
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    threadpool_limits(1)  # one core each; results do not depend on how many there are
-    torch.set_num_threads(1)
+    threadpool_limits(threads)
+    torch.set_num_threads(threads)
 
 
 def _die_with_parent() -> None:
@@ -244,14 +264,14 @@ def _die_with_parent() -> None:
 
 def _run_in_process(cell: Cell) -> dict[str, Any]:
     epochs = cell.config().train.epochs
-    _queue.put((cell, 0, epochs))
-    return run_cell(cell, lambda epoch: _queue.put((cell, epoch, epochs)))
+    _messages.put((cell, 0, epochs))
+    return run_cell(cell, lambda epoch: _messages.put((cell, epoch, epochs)), device=_device)
 
 
-def _drain(queue: Any) -> Iterator[Any]:
+def _drain(messages: Any) -> Iterator[Any]:
     while True:
         try:
-            yield queue.get_nowait()
+            yield messages.get_nowait()
         except Empty:
             return
 
@@ -262,7 +282,8 @@ def _drain(queue: Any) -> Iterator[Any]:
 def series(results: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Means over seeds: for each row of the table and width, widest first, accuracy, deviation, macs, params.
 
-    `values` are the accuracies and `spreads` the spreads of the seeds, in ascending order of the seed.
+    `values` are the accuracies and `spreads` the spreads of the seeds (absent for supervised networks), in ascending
+    order of the seed. Rows are in the order of `us3l.tables.ROWS`.
     """
     table: dict[str, list[dict[str, Any]]] = {}
     for name in ROWS:
@@ -284,55 +305,56 @@ def _summary(width: float, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "macs": rows[0]["macs"],
         "params": rows[0]["params"],
         "values": values,
-        "spreads": [row["spread"] for row in rows],
+        "spreads": [row["spread"] for row in rows if "spread" in row],
     }
 
 
-def accuracy_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Linear accuracy by row and width, mean over seeds, with the paper's figures beside it."""
-    table = Table(title="Linear accuracy (%); paper: CIFAR-100, ResNet-18", title_justify="left")
-    table.add_column("")
-    for width in WIDTHS:
-        table.add_column(str(width), justify="right")
-    table.add_column("spread", justify="right")
-    table.add_column("paper, same widths", style="dim", no_wrap=True)
-    for name, rows in series(results).items():
-        accuracies = [f"{row['accuracy']:.1f}" for row in rows]
-        if len(rows[0]["values"]) > 1:
-            accuracies = [f"{a} ± {row['deviation']:.1f}" for a, row in zip(accuracies, rows, strict=True)]
-        smallest = _smallest_spread({row["width"]: row for row in rows})
-        paper = " ".join("-" if value is None else f"{value}" for value in ROWS[name].paper)
-        table.add_row(ROWS[name].title, *accuracies, f"{smallest:.2f}", paper)
-    return table
+def _smallest_spread(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Mean over seeds of the smallest spread among the widths."""
+    by_seed = zip(*(row["spreads"] for row in rows), strict=True)
+    return statistics.fmean(min(spreads) for spreads in by_seed)
+
+
+def _spread_column(results: Sequence[Mapping[str, Any]]) -> str:
+    (rows,) = series(results).values()
+    return f"{_smallest_spread(rows):.2f}" if rows[0]["spreads"] else ""
+
+
+COLUMNS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
+    "spread": _spread_column,
+    "guidelines": lambda results: " ".join(results[0]["guidelines"]),
+    "widths per step": lambda results: f"{results[0]['average_widths']:g}",
+}
+"""Columns that a table may have beside the accuracies: of the results of one row."""
+
+
+def lines(table: Table, results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The table as text, its header first: accuracy by row and width, mean (and deviation) over seeds.
+
+    The last column are the paper's figures (- collapses), if it gives any for these rows.
+    """
+    averages = series(results)
+    shown = [name for name in table.rows if name in averages]
+    printed = [["", *map(str, WIDTHS), *table.columns]]
+    for name in shown:
+        accuracies = [f"{row['accuracy']:.1f}" for row in averages[name]]
+        if len(averages[name][0]["values"]) > 1:
+            accuracies = [f"{a} ± {row['deviation']:.1f}" for a, row in zip(accuracies, averages[name], strict=True)]
+        own = [result for result in results if result["row"] == name]
+        printed.append([ROWS[name].title, *accuracies, *(COLUMNS[column](own) for column in table.columns)])
+    if any(ROWS[name].paper for name in shown):
+        printed[0].append("paper, same widths")
+        for name, line in zip(shown, printed[1:], strict=True):
+            line.append(" ".join("-" if value is None else f"{value}" for value in ROWS[name].paper))
+    return printed
 
 
 # ------------------------------------------------------------------------------------------- its claims
 
-# (better row, worse row, width, by how many points of accuracy at least), means over seeds; all hold with a
-# margin over the noise between seeds.
-GAPS = (
-    ("individual", "random", 1.0, 5.0),
-    ("individual", "random", 0.25, 10.0),
-    ("individual", "snet", 1.0, 2.0),
-    ("individual", "snet", 0.25, 8.0),
-    ("individual", "snet_distilled", 1.0, 4.0),
-    ("individual", "snet_distilled", 0.25, 3.0),
-    ("us3l", "individual", 1.0, -2.5),
-    ("us3l", "individual", 0.25, 0.5),
-    ("us3l", "snet_distilled", 1.0, 4.0),
-    ("us3l", "snet_distilled", 0.25, 4.0),
-    ("us3l", "snet", 0.25, 8.0),
-    ("us3l", "us3l_no_teacher", 1.0, 2.0),
-    ("us3l", "us3l_no_teacher", 0.25, 5.0),
-)
-WORST_SEED_GAP = -1.0  # US3L against an individual network at the smallest width, in every seed
-COLLAPSED_SPREAD, HEALTHY_SPREAD = 0.85, 0.90
-AVERAGE_WIDTHS = 2.5  # of dynamic sampling with n = 3: (1 + 3 + 3 + 3) / 4
-
 
 @dataclass(frozen=True)
-class Threshold:
-    """One claim: what was required (e.g. ">= 5"), what was measured, and whether it holds."""
+class Checked:
+    """A claim: what was required (e.g. ">= 5"), what was measured, and whether it holds."""
 
     name: str
     required: str
@@ -340,131 +362,136 @@ class Threshold:
     passed: bool
 
 
-def check_thresholds(results: Sequence[Mapping[str, Any]]) -> list[Threshold]:
-    """The claims of the table, for all rows that `results` has; a claim about an absent row is left out.
+def check_claims(claims: Sequence[Claim], results: Sequence[Mapping[str, Any]]) -> list[Checked]:
+    """The claims about rows that `results` has. Differences of accuracies are in percentage points."""
+    averages = series(results)
+    return [_check(claim, averages, results) for claim in claims if _rows_of(claim) <= averages.keys()]
 
-    Differences of accuracies are in percentage points. All numbers are means over seeds where not said otherwise.
-    """
-    table = {name: {row["width"]: row for row in rows} for name, rows in series(results).items()}
-    checks: list[Threshold] = []
 
-    def least(name: str, required: float, got: float) -> None:
-        checks.append(Threshold(name, f">= {required:g}", round(got, 3), got >= required))
+def _rows_of(claim: Claim) -> set[str]:
+    return {claim.better, claim.worse} if isinstance(claim, Gap) else {claim.row}
 
-    for better, worse, width, gap in GAPS:
-        if better in table and worse in table:
-            difference = table[better][width]["accuracy"] - table[worse][width]["accuracy"]
-            least(f"{better} - {worse}, width {width}", gap, difference)
-    smallest = min(WIDTHS)
-    if "us3l" in table and "individual" in table:
-        pairs = zip(table["us3l"][smallest]["values"], table["individual"][smallest]["values"], strict=True)
-        worst = min(universal - individual for universal, individual in pairs)
-        least(f"us3l - individual, width {smallest}, worst seed", WORST_SEED_GAP, worst)
-    if "snet" in table:
-        got = _smallest_spread(table["snet"])
-        checks.append(
-            Threshold(
-                "snet, smallest spread of a width",
-                f"<= {COLLAPSED_SPREAD}",
-                round(got, 3),
-                got <= COLLAPSED_SPREAD,
-            )
+
+def _check(
+    claim: Claim, averages: Mapping[str, Sequence[Mapping[str, Any]]], results: Sequence[Mapping[str, Any]]
+) -> Checked:
+    if isinstance(claim, Gap):
+        name = f"{claim.better} - {claim.worse}, width {claim.width}"
+        better, worse = (
+            next(row for row in averages[row_name] if row["width"] == claim.width)
+            for row_name in (claim.better, claim.worse)
         )
-    if "us3l" in table:
-        least("us3l, smallest spread of a width", HEALTHY_SPREAD, _smallest_spread(table["us3l"]))
-        averages = {result["average_widths"] for result in results if result["row"] == "us3l"}
-        exact = averages == {AVERAGE_WIDTHS}
-        checks.append(Threshold("us3l, widths per step", f"== {AVERAGE_WIDTHS}", max(averages), exact))
-    return checks
-
-
-def _smallest_spread(row: Mapping[float, Mapping[str, Any]]) -> float:
-    """Mean over seeds of the smallest spread among the widths."""
-    by_seed = zip(*(line["spreads"] for line in row.values()), strict=True)
-    return statistics.fmean(min(spreads) for spreads in by_seed)
-
-
-def threshold_table(thresholds: Sequence[Threshold]) -> Table:
-    table = Table(title="Claims", title_justify="left")
-    for column in ("claim", "required", "got", ""):
-        table.add_column(column, justify="right" if column in ("required", "got") else "left")
-    for check in thresholds:
-        verdict = "[green]holds[/]" if check.passed else "[bold red]FAILS[/]"
-        table.add_row(check.name, check.required, f"{check.got:.2f}", verdict)
-    return table
+        gap = better["accuracy"] - worse["accuracy"]
+        if claim.every_seed:
+            name += ", worst seed"
+            gap = min(b - w for b, w in zip(better["values"], worse["values"], strict=True))
+        return Checked(name, f">= {claim.least:g}", round(gap, 3), gap >= claim.least)
+    if isinstance(claim, Spread):
+        name, got = f"{claim.row}, smallest spread of a width", _smallest_spread(averages[claim.row])
+        if claim.least is not None:
+            return Checked(name, f">= {claim.least:g}", round(got, 3), got >= claim.least)
+        assert claim.most is not None
+        return Checked(name, f"<= {claim.most:g}", round(got, 3), got <= claim.most)
+    counts = {result["average_widths"] for result in results if result["row"] == claim.row}
+    return Checked(f"{claim.row}, widths per step", f"== {claim.value:g}", max(counts), counts == {claim.value})
 
 
 # ------------------------------------------------------------------------------------------- commands
 
 
-def reproduce_table1(
+def reproduce(
+    what: str,
     scale: str = "mini",
-    seeds: int = 3,
-    out: str | Path = "runs/table1_mini.json",
     *,
+    seeds: int | None = None,
+    folder: str | Path = "runs/reproduce",
+    overrides: Sequence[str] = (),
     console: Console | None = None,
     processes: int | None = None,
 ) -> dict[str, Any]:
-    """Run (or complete) the whole table, print it beside the paper's, check its claims, and write `out`.
-
-    The results of single runs (not their weights) are kept in a folder named like `out` without its suffix.
+    """Run (or complete) a table, print it beside the paper's figures, check its claims, and write it.
 
     Args:
-        scale: "mini", the only one: a three-block ResNet on 14x14 Fashion-MNIST.
-        seeds: number of seeds, from 0 on.
-        out: the JSON file to write, with all numbers.
+        what: a key of `us3l.tables.TABLES`.
+        scale: "mini" or "full".
+        seeds: number of seeds, from 0 on; None: SEEDS of the scale.
+        folder: gets `<what>_<scale>.json` (all numbers), `.md` and `.png`. The results of single runs, and the
+            checkpoints of those that have any, are kept in its folder `<scale>`.
+        overrides: of every run, e.g. data.root=DATA. The claims are about runs without any, and not checked with one.
+        processes: see :func:`run_cells`.
 
     Returns:
-        What `out` holds: scale, seeds, table, thresholds, passed, paper, results, versions.
+        What the JSON file holds: table, scale, seeds, overrides, series, claims, passed, paper, results, versions.
+
+    Raises:
+        ConfigError: an unknown table or scale, a number of seeds below 1, or a wrong override.
     """
+    if what not in TABLES:
+        raise ConfigError(f"reproduce: expected {', '.join(TABLES)}, got {what!r}")
     if scale not in SCALES:
-        full = ", ".join(name for name in recipes() if name.startswith("cifar100_"))
-        raise ValueError(
-            f"scale: expected {' or '.join(SCALES)}, got {scale!r}. The paper's scale (CIFAR-100, days on GPUs) is not "
-            f"run by this command: `us3l pretrain --config NAME` with one of {full}, then `us3l evaluate linear`"
-        )
+        raise ConfigError(f"scale: expected {' or '.join(SCALES)}, got {scale!r}")
+    seeds = SEEDS[scale] if seeds is None else seeds
     if seeds < 1:
-        raise ValueError(f"seeds: expected at least 1, got {seeds}")
-    return _report(cells(tuple(ROWS), range(seeds)), Path(out), console or Console(), processes, scale)
+        raise ConfigError(f"seeds: expected at least 1, got {seeds}")
+    console, folder, table = console or Console(), Path(folder), TABLES[what]
+    results = run_cells(
+        cells(table, scale, range(seeds), folder / scale, overrides), console, processes=processes
+    )
+    checked = check_claims(table.claims if scale == "mini" and not overrides else (), results)
+    averages = series(results)
+    report = {
+        "table": what,
+        "scale": scale,
+        "seeds": list(range(seeds)),
+        "overrides": list(overrides),
+        "series": averages,
+        "claims": [asdict(claim) for claim in checked],
+        "passed": all(claim.passed for claim in checked),
+        "paper": {name: ROWS[name].paper for name in table.rows if ROWS[name].paper},
+        "results": results,
+        "versions": {"us3l": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    _publish(table, report, folder / f"{what}_{scale}", console)
+    return report
 
 
 def demo(
     folder: str | Path = "runs/demo", *, console: Console | None = None, processes: int | None = None
 ) -> dict[str, Any]:
-    """US3L against individually trained networks, one seed: the table, and the plot accuracy_vs_macs.png."""
-    console, folder = console or Console(), Path(folder)
+    """US3L against individually trained networks, one seed: see :func:`reproduce`."""
+    console = console or Console()
     console.print(
         "One US3L network, which runs at any width, against four SimSiam networks trained for one width "
         "each: a three-block ResNet on the embedded 14x14 Fashion-MNIST (3000 images, no labels), 20 epochs."
     )
-    report = _report(cells(("individual", "us3l"), (0,)), folder / "demo.json", console, processes, "mini")
-    plot = plot_accuracy(
-        {ROWS[name].title: rows for name, rows in report["table"].items()},
-        folder / "accuracy_vs_macs.png",
-        title="One network for all widths, or one for each",
+    return reproduce("demo", "mini", seeds=1, folder=folder, console=console, processes=processes)
+
+
+def _publish(table: Table, report: Mapping[str, Any], stem: Path, console: Console) -> None:
+    """Print the table and its claims, and write all files."""
+    header, *body = lines(table, report["results"])
+    title = f"{table.title}. Accuracy (%)" + (
+        "; paper: CIFAR-100, ResNet-18" if header[-1].startswith("paper") else ""
     )
-    console.print(f"accuracy against cost: {plot}")
-    return report
-
-
-def _report(todo: Sequence[Cell], out: Path, console: Console, processes: int | None, scale: str) -> dict[str, Any]:
-    results = run_cells(todo, out.with_suffix(""), console, processes=processes)
-    thresholds = check_thresholds(results)
-    report = {
-        "scale": scale,
-        "seeds": sorted({cell.seed for cell in todo}),
-        "table": series(results),
-        "thresholds": [asdict(threshold) for threshold in thresholds],
-        "passed": all(threshold.passed for threshold in thresholds),
-        "paper": {name: row.paper for name, row in ROWS.items() if row.paper},
-        "results": results,
-        "versions": {
-            "us3l": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    write_json(out, report)
-    console.print(accuracy_table(results), threshold_table(thresholds))
-    console.print(f"all numbers: {out}")
-    return report
+    printed = PrintedTable(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        printed.add_column(name, justify="right" if index else "left", no_wrap=name.startswith("paper"))
+    for line in body:
+        printed.add_row(*line)
+    console.print(printed)
+    claims = [
+        [claim["name"], claim["required"], f"{claim['got']:.2f}", "holds" if claim["passed"] else "FAILS"]
+        for claim in report["claims"]
+    ]
+    text = f"{title}\n\n{markdown_table(header, body)}"
+    if claims:
+        printed = PrintedTable("claim", "required", "got", "", title="Claims", title_justify="left")
+        for *numbers, verdict in claims:
+            printed.add_row(*numbers, f"[{'green' if verdict == 'holds' else 'bold red'}]{verdict}[/]")
+        console.print(printed)
+        text += f"\n{markdown_table(['claim', 'required', 'got', ''], claims)}"
+    write_json(stem.with_suffix(".json"), report)
+    write_text(stem.with_suffix(".md"), text)
+    curves = {ROWS[name].title: report["series"][name] for name in table.rows if ROWS[name].trained}
+    plot_accuracy(curves, stem.with_suffix(".png"), title=table.title)
+    console.print(f"all numbers: {stem}.json; the table: {stem}.md; accuracy against cost: {stem}.png", soft_wrap=True)

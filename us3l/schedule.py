@@ -1,4 +1,4 @@
-"""The group regularisation of US3L over a run, and which parameters it acts on in a step.
+"""What changes over a run: the teacher's momentum, and the group regularisation of US3L, on these parameters in a step.
 
 The paper adds sum_g lambda_g ||p_g||^2 to every loss, with lambda_g = lambda (1 - alpha_t g) for the groups
 g = 0..G-1 of output channels. Its gradient is a weight decay per row, so here it lives in the optimizer
@@ -7,11 +7,25 @@ g = 0..G-1 of output channels. Its gradient is a weight decay per row, so here i
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
 from us3l.methods.base import Method
+
+if TYPE_CHECKING:
+    from us3l.config import MethodConfig
+
+
+def teacher_momentum(config: MethodConfig, step: int, steps: int) -> float:
+    """Of iteration `step` (from 0) of `steps`: constant, or half a cosine from `config.momentum` to 1.
+
+    Source: Grill et al., 2020, "BYOL", section 3.2; MoCo v3 does the same.
+    """
+    if config.momentum_schedule == "constant":
+        return config.momentum
+    return 1 - (1 - config.momentum) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def group_alpha(epoch: int, epochs: int, warmup_epochs: int, alpha: float) -> float:

@@ -240,7 +240,7 @@ def test_parity_exits_with_1_above_a_tolerance(monkeypatch: pytest.MonkeyPatch) 
         (["calibrate", "missing.pt", "--widths", "1.5"], "widths in (0, 1]"),
         (["profile", "resnet1"], "resnet18, resnet34"),
         (["parity", "missing.json"], "missing.json"),
-        (["reproduce", "table2"], "expected table1, got 'table2'"),
+        (["reproduce", "table2"], "expected table1, ablation-guidelines"),
         (["reproduce", "table1", "--scale", "maxi"], "maxi"),
     ],
 )

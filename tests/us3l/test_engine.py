@@ -172,6 +172,22 @@ def test_fp16_skips_an_update_that_overflows() -> None:
     assert torch.equal(weights_of(method), start) and step.scaler.get_scale() == 2.0**59
 
 
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 0.9), ("cosine", 1 - 0.1 * 0.5 * (1 - 0.5**0.5))])
+def test_the_momentum_of_the_teacher_follows_its_schedule(schedule: str, last: float) -> None:
+    trainer = Trainer(
+        tiny("method.momentum=0.9", f"method.momentum_schedule={schedule}", "train.epochs=1", "sampler.kind=sandwich"),
+        console=Console(quiet=True),
+    )
+    momenta: list[float] = []
+    teacher = trainer.step.teacher
+    assert teacher is not None
+    update = teacher.update
+    teacher.update = lambda: (momenta.append(teacher.momentum), update())  # type: ignore[method-assign]
+    trainer.fit()
+    assert len(momenta) == 4 and momenta[0] == pytest.approx(0.9) and momenta == sorted(momenta)
+    assert momenta[-1] == pytest.approx(last)  # a quarter of the run before its end, where it would be 1
+
+
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     config = OptimizerConfig(lr=0.4, warmup_epochs=1)
     rates = [learning_rate(config, step, batches=4, epochs=5) for step in range(20)]

@@ -100,6 +100,50 @@ def test_checkpoint_of_the_authors(tmp_path: Path, name: str) -> None:
     assert all(torch.equal(value, own[key] + 1) for key, value in method.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "renamed"),
+    [
+        ("moco_v2", "resnet_tiny", {"queue.keys": "queue", "queue.position": "queue_ptr"}),
+        ("moco_v3", "resnet_tiny", {"encoder_q.": "base_encoder.", "encoder_k.": "momentum_encoder."}),
+        (
+            "moco_v3",
+            "vit_mini",
+            {"encoder_q.fc.": "base_encoder.head.", "encoder_k.fc.": "momentum_encoder.head."}
+            | {"encoder_q.": "base_encoder.", "encoder_k.": "momentum_encoder."},
+        ),
+        ("seed", "resnet_tiny", {"encoder_q.": "student.", "queue.keys": "queue", "queue.position": "queue_ptr"}),
+    ],
+)
+def test_checkpoints_of_moco_and_seed(name: str, model: str, renamed: dict[str, str]) -> None:
+    seed = ["method.target=frozen", "method.teacher=unread.pt", "method.base_loss=relational"]
+    switches = seed if name == "seed" else []
+    model_of = ["model.patch_size=16"] if model == "vit_mini" else ["model.stem=small"]
+    settings = config(
+        f"model.name={model}", *model_of, f"method.name={name}", "method.queue_size=12", *switches
+    )
+    method = build_method(settings)
+    own = {key: value.clone() for key, value in method.state_dict().items()}
+    state = {}
+    for key, value in own.items():
+        if key.startswith("aux_predictor."):
+            continue  # of US3L
+        for ours, theirs in renamed.items():
+            key = key.replace(ours, theirs)
+        state[key] = value + 1
+    if "queue" in state:  # as published: a column for each key, and the position in a tensor of one element
+        state |= {"queue": state["queue"].T.contiguous(), "queue_ptr": state["queue_ptr"].view(1)}
+    if name == "seed":
+        state |= {f"teacher.layer{i}.weight": torch.zeros(3) for i in range(9)}
+    imported = load_weights(method, state)
+    assert all(key.startswith("aux_predictor.") for key in imported.initial) and not imported.copied
+    assert all(key.startswith("teacher.") for key in imported.unused)
+    for key, value in method.state_dict().items():
+        assert torch.equal(value, own[key] if key.startswith("aux_predictor.") else own[key] + 1)
+    if "queue" in state:
+        with pytest.raises(CheckpointError, match=r"queue.keys: \(9, 8\) in the file, \(12, 8\) here.*queue_size"):
+            load_weights(method, state | {"queue": torch.zeros(8, 9)})
+
+
 def test_mixed_running_statistics_are_left_out(tmp_path: Path) -> None:
     method = build_method(config(*TINY))
     state = published(method, "simclr") | {
