@@ -121,6 +121,9 @@ struct Normalised {
     const Float<W> z = normalised<W>(x, norm, of_view, c);
     return rounded<T, W>(z < 0.f ? Float<W>{} : z);
   }
+
+  template <int W>
+  US3L_INLINE void prefetch(const Grid&, std::int64_t, std::int64_t) const {}
 };
 
 template <class T>
@@ -129,6 +132,9 @@ struct AsItIs {
   US3L_INLINE Float<W> operator()(Float<W> x, std::int64_t, std::int64_t) const {
     return x;
   }
+
+  template <int W>
+  US3L_INLINE void prefetch(const Grid&, std::int64_t, std::int64_t) const {}
 };
 
 template <class T, bool kMasked>
@@ -149,17 +155,12 @@ struct NormGradient {
     return rounded<T, W>(g * scale + (centred * load<W>(backward.slope + of_view + c) +
                                       load<W>(backward.offset + of_view + c)));
   }
-};
 
-// The pixels that the next window of the row will read and this one did not.
-template <int S, class T>
-US3L_INLINE void prefetch_next(const T* corner, const Pixels<const T>& x) {
-  US3L_UNROLL
-  for (int i = 0; i < S; ++i) {
-    US3L_UNROLL
-    for (int j = S - 4; j < S; ++j) __builtin_prefetch(corner + i * x.row + (j + 4) * x.pixel);
+  template <int W>
+  US3L_INLINE void prefetch(const Grid& grid, std::int64_t tile, std::int64_t c) const {
+    prefetch_ahead<W, 4>(grid, backward.x, tile, c);
   }
-}
+};
 
 // v = the transform of the window of each tile, zeros outside of the image. value_of(t) gives what is done to the values
 // of a tile as they are read.
@@ -175,7 +176,8 @@ US3L_INLINE void transform_windows(const Grid& grid, Tiles tiles, const Pixels<c
         constexpr int W = decltype(width)::value;
         const T* const in = x.data + window.corner + c;
         float* const out = v.data + t * v.row + c;
-        prefetch_next<S>(in, x);
+        prefetch_ahead<W, 4>(grid, x, tiles.first + t, c);
+        value.template prefetch<W>(grid, tiles.first + t, c);
         transform_square<Float<W>, S, 6>(
             US3L_LAMBDA(int i, int j) {
               if constexpr (decltype(inside)::value) {
@@ -239,6 +241,7 @@ void transform_output(Grid grid, Tiles tiles, Stack m, const float* bias, Pixels
         const float* const in = m.data + t * m.row + c;
         T* const out = y.data + window.corner + c;
         const Float<W> offset = load<W>(bias + c);
+        prefetch_ahead<W, 4>(grid, y, tiles.first + t, c);
         transform_square<Float<W>, 6, 4>(
             US3L_LAMBDA(int i, int j) { return load<W>(in + (i * 6 + j) * m.position); },
             US3L_LAMBDA(Float<W>* d) { output_transform(d); },
@@ -262,6 +265,7 @@ void add_input_gradients(Grid grid, Tiles tiles, Stack v, Accumulator dx, bool c
         constexpr int W = decltype(width)::value;
         const float* const in = v.data + t * v.row + c;
         float* const out = kept + window.corner + c;
+        prefetch_ahead<W, 4>(grid, Pixels<float>{kept, p.channels, p.image, p.row, p.pixel}, tiles.first + t, c);
         transform_square<Float<W>, 6, 6>(
             US3L_LAMBDA(int i, int j) { return load<W>(in + (i * 6 + j) * v.position); },
             US3L_LAMBDA(Float<W>* d) { input_adjoint(d); },

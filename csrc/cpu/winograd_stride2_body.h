@@ -151,6 +151,7 @@ void transform_input(Grid input, Tiles tiles, Pixels<const float> x, Slots v) {
       US3L_LAMBDA(std::int64_t t, const auto& window, auto inside, const auto& border, std::int64_t c, auto width) {
         constexpr int W = decltype(width)::value;
         const float* const in = x.data + window.corner + c;
+        prefetch_ahead<W, kStep>(input, x, tiles.first + t, c);
         float* const out = v.data + t * v.row + c;
         transform_square<Float<W>, kWindow, kOfWindow>(
             US3L_LAMBDA(int i, int j) { return load_pixel<W, decltype(inside)::value>(x, in, border, i, j); },
@@ -165,6 +166,7 @@ void transform_gradient(Grid output, Tiles tiles, Pixels<const float> dy, Stack 
       US3L_LAMBDA(std::int64_t t, const auto& window, auto inside, const auto& border, std::int64_t c, auto width) {
         constexpr int W = decltype(width)::value;
         const float* const in = dy.data + window.corner + c;
+        prefetch_ahead<W, 4>(output, dy, tiles.first + t, c);
         float* const out = m.data + t * m.row + c;
         transform_square<Float<W>, 4, 5>(
             US3L_LAMBDA(int i, int j) { return load_pixel<W, decltype(inside)::value>(dy, in, border, i, j); },
@@ -181,6 +183,7 @@ void transform_output(Grid output, Tiles tiles, Stack m, const float* bias, Pixe
         const float* const in = m.data + t * m.row + c;
         float* const out = y.data + window.corner + c;
         const Float<W> offset = load<W>(bias + c);
+        prefetch_ahead<W, 4>(output, y, tiles.first + t, c);
         transform_square<Float<W>, 5, 4>(
             US3L_LAMBDA(int i, int j) { return load<W>(in + (i * 5 + j) * m.position); },
             US3L_LAMBDA(Float<W>* d) { output_transform(d); },
@@ -198,6 +201,7 @@ void set_input_gradients(Grid input, Tiles tiles, Slots v, Pixels<float> dx) {
         constexpr int W = decltype(width)::value;
         const float* const in = v.data + t * v.row + c;
         float* const out = dx.data + window.corner + c;
+        prefetch_ahead<W, kStep>(input, dx, tiles.first + t, c);
         transform_square<Float<W>, kOfWindow, kWindow>(
             US3L_LAMBDA(int i, int j) { return load<W>(in + v.at(i, j)); },
             US3L_LAMBDA(Float<W>* d) { input_adjoint(d); },
