@@ -105,26 +105,6 @@ void multiply(std::int64_t rows, std::int64_t panels, std::int64_t depth, Matrix
 
 // ---------------------------------------------------------------------------------------------- packing
 
-// Transposes LANES vectors: blocks of 1, 2, 4, ... lanes off the diagonal change places.
-US3L_INLINE void transpose(Float<LANES>* v) {
-  US3L_UNROLL
-  for (int s = 1; s < LANES; s *= 2) {
-    Lanes<LANES>::Word first, second;
-    US3L_UNROLL
-    for (int l = 0; l < LANES; ++l) {
-      first[l] = l & s ? LANES + l - s : l;
-      second[l] = l & s ? LANES + l : l + s;
-    }
-    US3L_UNROLL
-    for (int i = 0; i < LANES; ++i) {
-      if (i & s) continue;
-      const Float<LANES> a = v[i], b = v[i + s];
-      v[i] = shuffle<LANES>(a, b, first);
-      v[i + s] = shuffle<LANES>(a, b, second);
-    }
-  }
-}
-
 void pack_panel(std::int64_t depth, Matrix from, float* to) {
   std::int64_t k = 0;
   if (from.column == 1) {

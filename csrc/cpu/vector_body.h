@@ -46,6 +46,26 @@ US3L_INLINE Float<W> shuffle(Float<W> a, Float<W> b, typename Lanes<W>::Word ord
 #endif
 }
 
+// Transposes LANES vectors: blocks of 1, 2, 4, ... lanes off the diagonal change places.
+US3L_INLINE void transpose(Float<LANES>* v) {
+  US3L_UNROLL
+  for (int s = 1; s < LANES; s *= 2) {
+    Lanes<LANES>::Word first, second;
+    US3L_UNROLL
+    for (int l = 0; l < LANES; ++l) {
+      first[l] = l & s ? LANES + l - s : l;
+      second[l] = l & s ? LANES + l : l + s;
+    }
+    US3L_UNROLL
+    for (int i = 0; i < LANES; ++i) {
+      if (i & s) continue;
+      const Float<LANES> a = v[i], b = v[i + s];
+      v[i] = shuffle<LANES>(a, b, first);
+      v[i + s] = shuffle<LANES>(a, b, second);
+    }
+  }
+}
+
 // A whole vector to an address that is a multiple of its size, and that is not read soon: what is there need not come
 // into the cache first. Other threads see it after finish_stores_around_cache().
 template <int W>

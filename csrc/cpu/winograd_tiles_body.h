@@ -28,29 +28,40 @@ US3L_INLINE void transform_square(const Load& load, const Transform& transform, 
 
 // ---------------------------------------------------------------------------------------------- filters
 
+// Copies 16 or fewer rows of filters to taps[row][tap][lane], in vectors along the dimension that is the inner one in
+// memory: along the other, each number would be one of another cache line, and these would push each other out.
+US3L_INLINE void copy_taps(const Filters<const float>& w, std::int64_t first, std::int64_t rows,
+                           float (*taps)[9][LANES]) {
+  const bool whole = rows == LANES && w.lanes == LANES;
+  for (int t = 0; t < 9; ++t) {
+    const float* const from = w.data + first * w.row + t / 3 * w.tap_y + t % 3 * w.tap_x;
+    if (whole && w.row == 1) {
+      Float<LANES> v[LANES];
+      US3L_UNROLL
+      for (int l = 0; l < LANES; ++l) v[l] = load<LANES>(from + l * w.lane);
+      transpose(v);
+      US3L_UNROLL
+      for (int r = 0; r < LANES; ++r) store<LANES>(taps[r][t], v[r]);
+    } else if (whole && w.lane == 1) {
+      for (int r = 0; r < LANES; ++r) store<LANES>(taps[r][t], load<LANES>(from + r * w.row));
+    } else if (w.row < w.lane) {
+      for (std::int64_t l = 0; l < w.lanes; ++l)
+        for (std::int64_t r = 0; r < rows; ++r) taps[r][t][l] = from[r * w.row + l * w.lane];
+    } else {
+      for (std::int64_t r = 0; r < rows; ++r)
+        for (std::int64_t l = 0; l < w.lanes; ++l) taps[r][t][l] = from[r * w.row + l * w.lane];
+    }
+  }
+}
+
 // The filters of one panel, transformed; store_to(row, i, j, vector) takes them, with zeros in lanes that are not there.
-// Filters are read along the dimension that is the inner one in memory: along the other, each number would be one of
-// another cache line, and these would push each other out.
 template <int O, class Transform, class Store>
 US3L_INLINE void transform_taps(const Filters<const float>& w, const Transform& transform, const Store& store_to) {
   using Vector = Float<LANES>;
-  constexpr std::int64_t kRows = 16;
-  for (std::int64_t first = 0; first < w.rows; first += kRows) {
-    const std::int64_t rows = w.rows - first < kRows ? w.rows - first : kRows;
-    float taps[kRows][9][LANES] = {};
-    const float* const block = w.data + first * w.row;
-    const auto copy = US3L_LAMBDA(std::int64_t r, int t, std::int64_t l) {
-      taps[r][t][l] = block[r * w.row + l * w.lane + t / 3 * w.tap_y + t % 3 * w.tap_x];
-    };
-    if (w.row < w.lane) {
-      for (std::int64_t l = 0; l < w.lanes; ++l)
-        for (int t = 0; t < 9; ++t)
-          for (std::int64_t r = 0; r < rows; ++r) copy(r, t, l);
-    } else {
-      for (std::int64_t r = 0; r < rows; ++r)
-        for (int t = 0; t < 9; ++t)
-          for (std::int64_t l = 0; l < w.lanes; ++l) copy(r, t, l);
-    }
+  float taps[LANES][9][LANES] = {};
+  for (std::int64_t first = 0; first < w.rows; first += LANES) {
+    const std::int64_t rows = w.rows - first < LANES ? w.rows - first : LANES;
+    copy_taps(w, first, rows, taps);
     for (std::int64_t r = 0; r < rows; ++r)
       transform_square<Vector, 3, O>(
           US3L_LAMBDA(int i, int j) { return load<LANES>(taps[r][i * 3 + j]); }, transform,
@@ -71,7 +82,10 @@ US3L_INLINE void add_taps(const Filters<float>& w, const Load& load_from, const 
       const std::int64_t lanes = w.lanes - first < LANES ? w.lanes - first : LANES;
       for (int t = 0; t < 9; ++t) {
         float* out = w.data + r * w.row + first * w.lane + t / 3 * w.tap_y + t % 3 * w.tap_x;
-        for (std::int64_t l = 0; l < lanes; ++l, out += w.lane) *out += taps[t][l];
+        if (lanes == LANES && w.lane == 1)
+          store<LANES>(out, load<LANES>(out) + load<LANES>(taps[t]));
+        else
+          for (std::int64_t l = 0; l < lanes; ++l, out += w.lane) *out += taps[t][l];
       }
     }
 }
