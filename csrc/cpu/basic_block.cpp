@@ -183,7 +183,7 @@ void convolve(const Tensor& x, const NormOnRead* norm, const WinogradFilters& w,
               Tensor& c, Tensor& mean, Tensor& rstd) {
   const std::vector<float> no_bias(plan.out);
   const int64_t views = mean.size(0);
-  MomentsOfImages<T> moments(dense_pixels<T>(c), c.size(2) * c.size(3), plan.threads, views, c.size(0) / views);
+  MomentsOfImages<T> moments(dense_pixels<T>(c), c.size(2) * c.size(3), plan.parts(), views, c.size(0) / views);
   winograd_forward<T>(plan, pixels<T>(x), norm, w, no_bias.data(), dense_pixels<T>(c),
                       [&](int64_t part, Range images) { moments.add(part, images); });
   moments.finish(eps, mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>());
@@ -201,9 +201,9 @@ void block_forward(const Tensor& x, const std::optional<Tensor>& weight1, const 
     const WinogradPlan plan(x, c1.size(1));
     convolve<T>(x, nullptr, winograd_filters_of(op, plan, *weight1, filters1, false), plan, eps1, c1, mean1, rstd1);
   } else {
-    MomentsOfImages<T> moments(dense_pixels<T>(c1), c1.size(2) * c1.size(3), torch::stable::get_num_threads(),
-                               mean1.size(0), c1.size(0) / mean1.size(0));
-    const int64_t parts = torch::stable::get_num_threads();
+    const int64_t parts = kPartsOfThread * torch::stable::get_num_threads();
+    MomentsOfImages<T> moments(dense_pixels<T>(c1), c1.size(2) * c1.size(3), parts, mean1.size(0),
+                               c1.size(0) / mean1.size(0));
     parallel(parts, [&](int64_t i) { moments.add(i, part(c1.size(0), i, parts)); });
     moments.finish(eps1, mean1.mutable_data_ptr<float>(), rstd1.mutable_data_ptr<float>());
   }
@@ -240,7 +240,7 @@ void block_backward(const Tensor& grad, const Tensor& x, const Tensor& y, const 
   const WinogradPlan plan2(c1, c2.size(1));
   Tensor da1 = new_images(c1, c1.size(1), c1.size(2), c1.size(3));
   Pixels<T> da1_pixels = dense_pixels<T>(da1);
-  GradientSums<T> sums(read(da1_pixels), read_dense<T>(c1), rows_of_image, plan2.threads, norm1);
+  GradientSums<T> sums(read(da1_pixels), read_dense<T>(c1), rows_of_image, plan2.parts(), norm1);
   const NormOnRead norm1_on_read = norm1.on_read();
   const NormBackwardOnRead<T> norm2_on_read = norm2.backward_on_read<T>(read_dense<T>(c2), false);
   WinogradBackward<T> second{read_dense<T>(c1), read(dense_pixels<T>(dresidual))};

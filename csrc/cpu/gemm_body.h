@@ -19,6 +19,11 @@ void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64
     US3L_UNROLL
     for (int n = 0; n < N; ++n) sum[r][n] = Vector{};
   }
+  US3L_UNROLL
+  for (int r = 0; r < R; ++r) {  // memory gets the results' places ready while the sums are made
+    US3L_UNROLL
+    for (int n = 0; n < N; ++n) __builtin_prefetch(c + r * c_row + n * LANES, 1);
+  }
   const float* base[kBases];
   US3L_UNROLL
   for (int i = 0; i < kBases; ++i) base[i] = a.data + 3 * i * a.row;

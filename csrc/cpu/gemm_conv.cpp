@@ -181,7 +181,8 @@ void multiply(const GemmKernels& gemm, const Samples& s, const PackedFilters& fi
 
   // Threads have points of their own or, with few points, channels.
   const int64_t column_parts = points >= threads * kLeastRows ? 1 : std::min(threads, panels);
-  const int64_t point_parts = column_parts > 1 ? 1 : threads;
+  const int64_t point_parts =
+      column_parts > 1 ? 1 : threads == 1 ? 1 : std::clamp(points / kMostRows, threads, kPartsOfThread * threads);
 
   // As many taps at a time as fit; all of them in place.
   const int64_t taps = s.taps.size();

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -111,13 +112,19 @@ Pixels<T> dense_pixels(Tensor& t) {
   return {static_cast<T*>(t.mutable_data_ptr()), channels, t.size(2) * row, row, channels};
 }
 
-// Calls f(i) for each i < count, in parallel.
+// Calls f(i) for each i < count, in parallel. Each thread takes the next as it comes free: one that other programs hold up
+// does not hold up the rest. So which thread has which i is not known, and no result may depend on it.
 template <class F>
 void parallel(int64_t count, const F& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min(count, static_cast<int64_t>(torch::stable::get_num_threads()));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
   });
 }
+
+// Into how many parts to cut work, for each thread: more would balance better, and cost more around each part.
+constexpr int64_t kPartsOfThread = 4;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

@@ -88,7 +88,7 @@ void multiply_by_filters(const WinogradPlan& plan, int64_t position, int64_t til
   });
 }
 
-// Sums over the tiles of M' V, a matrix of output x input channels per position; one stack of them per thread.
+// Sums over the tiles of M' V, a matrix of output x input channels per position; one stack of them per part of the work.
 struct FilterGradients {
   FilterGradients(const WinogradPlan& plan, int64_t copies)
       : plan(plan),
@@ -202,6 +202,18 @@ int64_t WinogradPlan::blocks(int64_t tiles) const {
   return (tiles + block - 1) / block;
 }
 
+// Into how many parts to cut the images: several for a thread, if these are whole blocks.
+int64_t WinogradPlan::parts() const {
+  if (threads == 1) return 1;
+  return std::clamp(grid.tiles() / (kMostTiles / 2), threads, kPartsOfThread * threads);
+}
+
+// The same where each part has sums of its own that go through the cache.
+int64_t WinogradPlan::parts_with_filter_gradients() const {
+  const int64_t size = kPositions * out * round_up(in, 16) * 4;
+  return std::clamp(((int64_t{8} << 20) / size) / threads * threads, threads, std::max(threads, parts()));
+}
+
 template <class T>
 void winograd_forward(const WinogradPlan& plan, Pixels<const T> x, const NormOnRead* norm, const WinogradFilters& w,
                       const float* bias, Pixels<T> y, const ImagesDone& done) {
@@ -209,11 +221,11 @@ void winograd_forward(const WinogradPlan& plan, Pixels<const T> x, const NormOnR
   const int64_t tiles = plan.grid.tiles(), per_image = plan.grid.tiles_of_image();
   const TransformedFilters u(plan, w);
   // Only a part with whole images can tell when they are complete.
-  const int64_t parts = done ? std::min(plan.threads, plan.grid.images) : plan.threads;
+  const int64_t parts = done ? std::min(plan.parts(), plan.grid.images) : plan.parts();
 
   if (plan.by_positions() || (parts < plan.threads && plan.few_tiles())) {
     const StackMemory v(Scratch::kInput, tiles, plan.in), m(Scratch::kOutput, tiles, plan.out);
-    parallel_parts(tiles, plan.threads, [&](Range r) {
+    parallel_parts(tiles, plan.parts(), [&](Range r) {
       kernels.transform_input(plan.grid, {r.begin, r.end - r.begin}, x, norm, v.from_row(r.begin));
     });
     parallel(kPositions, [&](int64_t i) { multiply_by_filters(plan, i, tiles, v, plan.in, u, plan.out, m); });
@@ -252,14 +264,13 @@ void winograd_backward(const WinogradPlan& plan, const WinogradBackward<T>& work
   const int64_t per_image = plan.grid.tiles_of_image(), tiles = plan.grid.tiles();
   // dX is added up within an image, so that each thread has images of its own; blocks need one for each.
   const bool by_positions = plan.by_positions() || (plan.grid.images < plan.threads && plan.few_tiles());
-  const int64_t threads = std::min(plan.threads, plan.grid.images);
 
   std::optional<TransformedFilters> u;
   if (work.dx != nullptr) u.emplace(plan, work.w);
 
   if (by_positions) {
     const StackMemory v(Scratch::kInput, tiles, plan.in), m(Scratch::kOutput, tiles, plan.out);
-    parallel_parts(tiles, plan.threads, [&](Range r) {
+    parallel_parts(tiles, plan.parts(), [&](Range r) {
       const Tiles own{r.begin, r.end - r.begin};
       kernels.transform_gradient(plan.grid, own, work.dy, work.norm_of_dy, m.from_row(r.begin));
       if (work.dw) kernels.transform_input(plan.grid, own, work.x, work.norm_of_x, v.from_row(r.begin));
@@ -275,9 +286,10 @@ void winograd_backward(const WinogradPlan& plan, const WinogradBackward<T>& work
         });
       if (u) multiply_by_filters(plan, i, tiles, m, plan.out, *u, plan.in, v);
     });
+    const int64_t parts = std::min(plan.parts(), plan.grid.images);
     if (work.dx != nullptr)
-      parallel(threads, [&](int64_t i) {
-        const Range images = part(plan.grid.images, i, threads);
+      parallel(parts, [&](int64_t i) {
+        const Range images = part(plan.grid.images, i, parts);
         InputGradients<T> dx(plan, work, i, images, per_image);
         for (int64_t image = images.begin; image < images.end; ++image)
           dx.add({image * per_image, (image + 1) * per_image}, v.from_row(image * per_image));
@@ -286,21 +298,22 @@ void winograd_backward(const WinogradPlan& plan, const WinogradBackward<T>& work
     return;
   }
 
+  const int64_t parts = std::min(work.dw ? plan.parts_with_filter_gradients() : plan.parts(), plan.grid.images);
   std::optional<FilterGradients> du;
-  if (work.dw) du.emplace(plan, threads);
-  parallel(threads, [&](int64_t thread) {
-    const Range images = part(plan.grid.images, thread, threads);
+  if (work.dw) du.emplace(plan, parts);
+  parallel(parts, [&](int64_t part_index) {
+    const Range images = part(plan.grid.images, part_index, parts);
     const Range own{images.begin * per_image, images.end * per_image};
     const int64_t blocks = plan.blocks(own.end - own.begin), block = (own.end - own.begin + blocks - 1) / blocks;
     const StackMemory v(Scratch::kInput, block, plan.in), m(Scratch::kOutput, block, plan.out);
     std::optional<InputGradients<T>> dx;
-    if (work.dx != nullptr) dx.emplace(plan, work, thread, images, block);
+    if (work.dx != nullptr) dx.emplace(plan, work, part_index, images, block);
     for_parts(own, blocks, [&](Range r) {
       const int64_t count = r.end - r.begin;
       kernels.transform_gradient(plan.grid, {r.begin, count}, work.dy, work.norm_of_dy, m);
       if (du) {
         kernels.transform_input(plan.grid, {r.begin, count}, work.x, work.norm_of_x, v);
-        for (int64_t i = 0; i < kPositions; ++i) du->multiply(thread, i, count, m, v, r.begin > own.begin);
+        for (int64_t i = 0; i < kPositions; ++i) du->multiply(part_index, i, count, m, v, r.begin > own.begin);
       }
       if (dx) {
         for (int64_t i = 0; i < kPositions; ++i) multiply_by_filters(plan, i, count, m, plan.out, *u, plan.in, v);

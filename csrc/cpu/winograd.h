@@ -44,6 +44,8 @@ struct WinogradPlan {
   bool few_tiles() const;
   bool by_positions() const;
   int64_t blocks(int64_t tiles) const;
+  int64_t parts() const;
+  int64_t parts_with_filter_gradients() const;
 };
 
 // Checks weight [>= out, >= in, 3, 3], float32.
@@ -73,7 +75,7 @@ Filters<T> input_lanes(T* data, const Tensor& t, int64_t out, int64_t in) {
 }
 
 // What is told of images that are complete, while they are in the cache: by which part of the work, and which. A part
-// tells of its images in order; there is one for each thread.
+// tells of its images in order; there are at most plan.parts().
 using ImagesDone = std::function<void(int64_t part, Range images)>;
 
 // y = conv(norm(x)) + bias, of x itself with norm null. `done` (may be empty) hears of y's images.
