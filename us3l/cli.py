@@ -449,14 +449,16 @@ def reproduce(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; default: one for each CPU core, or for full each GPU.")
     ] = None,
+    json: Json = None,
 ) -> None:
     """Train and evaluate every row of a table of the paper; exit status 1 if one of its claims fails.
 
     What was done before is not done again.
     """
+    from us3l import report
     from us3l.reproduce import reproduce as run_table
 
-    report = run_table(
+    result = run_table(
         what,
         scale,
         seeds=seeds,
@@ -465,7 +467,9 @@ def reproduce(
         console=console,
         processes=processes,
     )
-    if not report["passed"]:
+    if json is not None:
+        report.write_json(json, result)
+    if not result["passed"]:
         raise typer.Exit(1)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,6 +227,24 @@ def test_parity_exits_with_1_above_a_tolerance(monkeypatch: pytest.MonkeyPatch) 
     strict = [replace(comparison, tolerance=1e-9) for comparison in report.comparisons]
     monkeypatch.setattr(parity, "run_parity", lambda *given: replace(report, comparisons=strict))
     assert "FAILED" in run(*arguments, code=1)
+
+
+def test_reproduce_exits_with_1_if_a_claim_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+
+    def table(what: str, scale: str, **options: Any) -> dict[str, Any]:
+        given.update(options, what=what, scale=scale)
+        return {"passed": given["seeds"] == 2}
+
+    monkeypatch.setattr("us3l.reproduce.reproduce", table)
+    file = tmp_path / "numbers.json"
+    arguments = ["reproduce", "vit", "data.root=here", "--scale", "full", "--out", tmp_path, "--json", file]
+    run(*arguments, "--seeds", 2)
+    assert json.loads(file.read_text()) == {"passed": True}
+    assert (given["what"], given["scale"], given["folder"]) == ("vit", "full", tmp_path)
+    assert given["overrides"] == ["data.root=here"]
+    run(*arguments, "--seeds", 3, code=1)
+    assert json.loads(file.read_text()) == {"passed": False}
 
 
 @pytest.mark.parametrize(
