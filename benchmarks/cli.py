@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import harness, inference, memory, ops, roofline, scaling, step, tables
+from benchmarks import harness, inference, memory, ops, roofline, scaling, static, step, tables
 from benchmarks import widths as random_widths
 from benchmarks.rivals import MODELS, Settings
 from benchmarks.roofline import Machine
@@ -303,6 +303,31 @@ def roofline_command(
     for name, row in result["rows"].items():
         output.print(f"{name}  {row['title']}")
     _write(json, result)
+
+
+@app.command("static")
+def static_command(
+    capabilities: Annotated[str, typer.Option(help="Compute capabilities to compile for.")] = ",".join(
+        map(str, static.CAPABILITIES)
+    ),
+    out: Annotated[Path, typer.Option(help="Folder to write to, as JSON and Markdown.")] = static.RESULTS,
+) -> None:
+    """Compile every shipped Triton binary, without a GPU: registers, spills, instructions. Fails if one is not well."""
+    wanted = [
+        int(_one_of("--capabilities", c, tuple(map(str, static.CAPABILITIES)))) for c in capabilities.split(",")
+    ]
+    with console.status("") as status:
+        result = static.measure(wanted, progress=status.update)
+    file = static.path(out, result["triton"])
+    harness.write_json(file, result)
+    file.with_suffix(".md").write_text(static.markdown(result), encoding="utf-8")
+    wrong = [f"sm_{row['capability']} {row['name']}: {'; '.join(row['problems'])}" for row in result["rows"]]
+    wrong = [text for text, row in zip(wrong, result["rows"], strict=True) if row["problems"]]
+    output.print(f"{len(result['rows'])} binaries, {len(wrong)} not well: {file}")
+    for text in wrong:
+        output.print(text)
+    if wrong:
+        raise typer.Exit(1)
 
 
 @app.command("table")

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 from us3l_kernels.triton import KERNEL_FILES, SHARED_MEMORY, Binary
 
 CAPABILITIES = tuple(SHARED_MEMORY)
+RESULTS = Path(__file__).parent / "results" / "static"
 WARP = 32
 
 
@@ -102,9 +103,8 @@ def _kind(instruction: str) -> str | None:
     names = {"LDG": "load", "LDGSTS": "load", "STG": "store", "RED": "atomic", "ATOMG": "atomic", "REDG": "atomic"}
     if head not in names:
         return None
-    bits = next((int(m) for m in modifiers if m in ("8", "16", "64", "128", "256")), None)
-    small = next((8 * int(m[1:]) // 8 for m in modifiers if m in ("U8", "S8", "U16", "S16")), None)
-    return f"{names[head]} {bits // 8 if bits else small // 8 if small else 4}"
+    bits = next((int(found[1]) for m in modifiers if (found := re.fullmatch(r"[US]?(8|16|64|128|256)", m))), 32)
+    return f"{names[head]} {bits // 8}"
 
 
 def problems(code: Code, binary: Binary) -> list[str]:
@@ -122,17 +122,21 @@ def problems(code: Code, binary: Binary) -> list[str]:
         made = {kind: count[kind] for kind in _MATRIX if kind in count}
         if not made.get(wanted) or len(made) > 1:
             found.append(f"matrix instructions {made or 'none'}, expected {wanted} alone")
-    if binary.vectors:
-        narrow = {kind: n for kind, n in count.items() if kind.startswith(("load", "store")) and kind not in _WIDE}
-        if narrow:
-            found.append(f"loads and stores of less than 16 bytes: {narrow}")
+    narrow = {kind: n for kind, n in count.items() if kind.startswith(("load", "store")) and kind not in _WIDE}
+    if binary.narrow is not None and sum(narrow.values()) > binary.narrow:
+        found.append(f"loads and stores of less than 16 bytes: {narrow}, expected at most {binary.narrow}")
     return found
 
 
 _WIDE = ("load 16", "load 32", "load tma", "store 16", "store 32", "store tma")
 
 
-def measure(progress: Callable[[str], None], capabilities: tuple[int, ...] = CAPABILITIES) -> dict[str, Any]:
+def path(folder: Path, version: str) -> Path:
+    """Where the result for a version of Triton lies."""
+    return folder / f"triton-{version}.json"
+
+
+def measure(capabilities: Sequence[int], progress: Callable[[str], None]) -> dict[str, Any]:
     """Compile everything; the result is JSON."""
     import triton
 

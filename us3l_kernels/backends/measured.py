@@ -8,6 +8,7 @@ once per process, at the first choice. Without an entry for a call the backends'
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -113,18 +114,31 @@ def cpu_name() -> str:
 
 @cache
 def machine(device: str) -> dict[str, str | None]:
-    """What a table is for: the processor or GPU, the instruction set, the versions, and this very build of csrc."""
+    """What a table is for: the processor or GPU, the instruction set, the versions, and these very kernels."""
+    compiled_later = {}
     if device == "cuda":
         library, hardware = _native.load_cuda(), torch.cuda.get_device_name()
+        compiled_later = {"triton": _triton()}
     else:
         library = _native.load()
         hardware = f"{cpu_name()}, {_native.isa()}, {torch.backends.cpu.get_cpu_capability()} in torch"
     return {
         "hardware": hardware,
         "torch": str(torch.__version__),
+        **compiled_later,
         "us3l": __version__,
         "build": _digest(Path(library.__file__).read_bytes()) if library is not None and library.__file__ else None,
     }
+
+
+def _triton() -> str | None:
+    """Version and sources of the Triton kernels, which are compiled at run time; None without Triton."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    files = sorted(Path(__file__).parents[1].joinpath("triton").glob("*.py"))
+    return f"{version}, {_digest(b''.join(file.read_bytes() for file in files))}"
 
 
 def _digest(data: bytes) -> str:

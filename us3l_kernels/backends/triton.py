@@ -18,8 +18,16 @@ from torch import Tensor
 
 from us3l_kernels import triton
 from us3l_kernels.backends import Backend
+from us3l_kernels.layout import is_rows
+from us3l_kernels.packed import accumulate_, cast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Where `auto` takes a convolution without a measurement: kernel sizes, and the most channels (of x or y) that it pays
+# for. Not measured, but what benchmarks/roofline.py predicts: a step is faster as long as our kernels are slower than
+# cuDNN's by less than 20 to 80 % (1x1), 16 to 50 % (3x3, up to 128 channels) or 4 to 32 % (3x3, more channels), because
+# gradients are added in place and no slice is copied.
+PREDICTED_FASTER = {(1, 1): 2048, (3, 3): 128}
 
 
 def _why_not_dtypes(x: Tensor, weight: Tensor | None) -> str | None:
@@ -32,8 +40,8 @@ def _why_not_dtypes(x: Tensor, weight: Tensor | None) -> str | None:
 
 
 def _why_not_large(x: Tensor, weight: Tensor, pixels: int) -> str | None:
-    if max(pixels, weight.numel()) >= 2**31:
-        return f"it takes fewer than 2^31 pixels and elements of a weight, there are {pixels} and {weight.numel()}"
+    if max(pixels, weight.numel()) >= 2**30:
+        return f"it takes fewer than 2^30 pixels and elements of a weight, there are {pixels} and {weight.numel()}"
     return None
 
 
@@ -82,7 +90,12 @@ class TritonBackend(Backend):
         return reason
 
     def why_slower(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
-        return "it was not measured yet on a GPU"
+        if triton.INTERPRETED:
+            return "its kernels are interpreted"
+        if op == "linear":
+            return "cuBLAS reads a prefix of a weight where it lies, as this does"
+        assert weight is not None
+        return _why_slower_conv2d(x, weight, **arguments)
 
     def conv2d(
         self,
@@ -98,7 +111,8 @@ class TritonBackend(Backend):
         from us3l_kernels.triton import conv2d
 
         geometry = conv2d.Geometry.of(weight, stride, padding, dilation)
-        return conv2d.conv2d(x, weight, bias, out_channels, geometry, _convolution_precision(x))
+        active = cast(weight, weight[:out_channels, : x.size(1)], x.dtype)
+        return conv2d.conv2d(x, active, bias, out_channels, geometry, _convolution_precision(x))
 
     def conv2d_backward(
         self,
@@ -117,20 +131,20 @@ class TritonBackend(Backend):
 
         geometry, precision = conv2d.Geometry.of(weight, stride, padding, dilation), _convolution_precision(x)
         if grad_bias is not None:
-            grad_bias[: grad.size(1)].add_(grad.sum((0, 2, 3), dtype=torch.float32))
+            accumulate_(grad_bias[: grad.size(1)], grad.sum((0, 2, 3), dtype=torch.float32))
         if grad_weight is not None:
             conv2d.weight_gradient(grad, x, grad_weight, geometry, precision)
         if not need_grad_x:
             return None
         dx = torch.empty_like(x, memory_format=torch.channels_last)
-        conv2d.input_gradient(grad, weight, dx, geometry, precision)
+        conv2d.input_gradient(grad, cast(weight, weight[: grad.size(1), : x.size(1)], x.dtype), dx, geometry, precision)
         return dx
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
         from us3l_kernels.triton import conv2d
 
-        filters = weight[:, :, None, None]
-        y = conv2d.conv2d(_image(x, in_features), filters, bias, out_features, conv2d.POINT, _linear_precision(x))
+        active = cast(weight, weight[:out_features, :in_features], x.dtype)[:, :, None, None]
+        y = conv2d.conv2d(_image(x, in_features), active, bias, out_features, conv2d.POINT, _linear_precision(x))
         return y.view(*x.shape[:-1], out_features)
 
     def linear_backward(
@@ -147,15 +161,16 @@ class TritonBackend(Backend):
 
         precision, grads = _linear_precision(x), _image(grad, grad.size(-1))
         if grad_bias is not None:
-            grad_bias[: grad.size(-1)].add_(grads.sum((0, 2, 3), dtype=torch.float32))
+            accumulate_(grad_bias[: grad.size(-1)], grads.sum((0, 2, 3), dtype=torch.float32))
         if grad_weight is not None:
             into = grad_weight[:, :, None, None]
             conv2d.weight_gradient(grads, _image(x, in_features), into, conv2d.POINT, precision)
         if not need_grad_x:
             return None
+        active = cast(weight, weight[: grad.size(-1), :in_features], x.dtype)[:, :, None, None]
         whole = in_features == x.size(-1)
         dx = x.new_empty(x.shape) if whole else x.new_zeros(x.shape)
-        conv2d.input_gradient(grads, weight[:, :, None, None], _image(dx, in_features), conv2d.POINT, precision)
+        conv2d.input_gradient(grads, active, _image(dx, in_features), conv2d.POINT, precision)
         return dx
 
 
@@ -174,3 +189,27 @@ def _why_not_conv2d(
         (x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(2 + d) - 1) - 1) // stride[d] + 1 for d in (0, 1)
     ]
     return _why_not_large(x, weight, x.size(0) * max(x.size(2) * x.size(3), math.prod(size)))
+
+
+def _why_slower_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
+    kernel, channels, most = (weight.size(2), weight.size(3)), (x.size(1), out_channels), max(x.size(1), out_channels)
+    if x.dtype == torch.float32:
+        return "its tiles are for half precision, x is float32"
+    if not is_rows(x, 1):
+        return "x would be copied to channels_last"
+    if channels[0] % 8 or channels[1] % 8:
+        return f"it reads single elements unless channels are multiples of 8, there are {channels[0]} to {channels[1]}"
+    if kernel not in PREDICTED_FASTER or list(stride) != [1, 1] or list(dilation) != [1, 1]:
+        sizes = " and ".join(f"{h}x{w}" for h, w in PREDICTED_FASTER)
+        return f"only {sizes} with stride 1 are predicted to be faster than cuDNN's, this is {kernel} by {stride}"
+    if most > PREDICTED_FASTER[kernel]:
+        return f"it is predicted to be faster than cuDNN up to {PREDICTED_FASTER[kernel]} channels, there are {most}"
+    return None

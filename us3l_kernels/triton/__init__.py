@@ -36,8 +36,9 @@ class Binary:
     """One configuration of a kernel, as a launcher asks for it, to be compiled ahead of time.
 
     types: Triton types of the arguments that are not int32, e.g. {"x": "*bf16"}. constants: values of the constexpr
-    arguments. Pointers count as 16-byte aligned, as torch's allocations are. matrix: it must use the tensor cores.
-    vectors: its loads and stores must be of 16 bytes (false for the binaries of channels that are no multiple of 8).
+    arguments; pointers count as 16-byte aligned, as torch's allocations are. matrix: it must use the tensor cores.
+    narrow: how many of its loads and stores may be of less than 16 bytes (per-channel vectors, say); None for any
+    number, as for the binaries of channels that are no multiple of 8.
     """
 
     name: str
@@ -47,4 +48,4 @@ class Binary:
     warps: int
     stages: int
     matrix: bool
-    vectors: bool = True
+    narrow: int | None = 0

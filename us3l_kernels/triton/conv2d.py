@@ -12,7 +12,7 @@ that are equal modulo the stride (a phase) see dY at pixel / stride + something 
 phase is a convolution with stride 1, over its own taps, and the phases are the second axis of the grid.
 
 dW splits the pixels into pieces, each summed into a buffer of its own, which a second kernel adds up in a fixed order.
-All sums are in float32. Addresses are 64-bit; the number of pixels, and of elements of a weight, is below 2^31.
+All sums are in float32. Addresses are 64-bit; the number of pixels, and of elements of a weight, is below 2^30.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def product_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     k_range = tl.arange(0, BLOCK_K)
+    k_rows = k_range.to(tl.int64) * (w_out * VECTOR)
     blocks_k = tl.cdiv(k_size, BLOCK_K)
     blocks = taps_h * taps_w * blocks_k
     if FLAT:
@@ -161,9 +162,10 @@ def product_kernel(
             k_ok = tap < taps_h * taps_w
         else:
             tap = block // blocks_k
-            k = (block - tap * blocks_k) * BLOCK_K + k_range
+            first_k = (block - tap * blocks_k) * BLOCK_K
+            k = first_k + k_range
             k_ok = k < k_size
-        tap_h = tap // taps_w
+        tap_h = tap // tl.maximum(taps_w, 1)  # a phase may have none, and then no block
         tap_w = tap - tap_h * taps_w
         move_h = tap_h * FROM_TAP_TO_TAP_H
         move_w = tap_w * FROM_TAP_TO_TAP_W
@@ -183,7 +185,10 @@ def product_kernel(
         a = tl.load(a_rows[:, None] + (move + k)[None, :], mask=a_ok & k_ok[None, :], other=0.0)
         from_tap = tap.to(tl.int64) * (w_tap * VECTOR)
         if GRADIENT:  # rows of the weight are summed over
-            offsets = k.to(tl.int64) * (w_out * VECTOR) + from_tap
+            if FLAT:
+                offsets = k.to(tl.int64) * (w_out * VECTOR) + from_tap
+            else:
+                offsets = k_rows + (first_k.to(tl.int64) * (w_out * VECTOR) + from_tap)
             b = tl.load(w_ptr + offsets[:, None] + n[None, :], mask=k_ok[:, None] & n_ok[None, :], other=0.0)
         else:
             offsets = n.to(tl.int64) * (w_out * VECTOR)
@@ -399,49 +404,43 @@ def add_pieces_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """What one block computes: m x n results, k terms of the sum at a time."""
+    """What one block computes: m x n results, k terms of the sum at a time.
+
+    Used for results of at most `channels` channels, on GPUs of that compute capability or a later one.
+    """
 
     m: int
     n: int
     k: int
     warps: int
+    channels: int = 1 << 31
+    capability: int = 80
 
     def stages(self, itemsize: int, shared_memory: int) -> int:
         """How many loads are under way at a time: as many as fit, four at most."""
         return max(1, min(4, (shared_memory - 2048) // ((self.m + self.n) * self.k * itemsize)))
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """The tiles of one kernel: by the channels of the result, up to the number given; `few_rows` where those would be
-    fewer than the multiprocessors."""
-
-    by_channels: tuple[tuple[int, Tile], ...]
-    few_rows: Tile
-
-    def choose(self, rows: int, channels: int, multiprocessors: int) -> Tile:
-        tile = next((tile for most, tile in self.by_channels if channels <= most), self.by_channels[-1][1])
-        if triton.cdiv(rows, tile.m) * triton.cdiv(channels, tile.n) < multiprocessors:
-            return self.few_rows
-        return tile
-
-    def all(self) -> list[Tile]:
-        return [*(tile for _, tile in self.by_channels), self.few_rows]
-
-
-# By precision: of half precision, of float32 rounded to TF32 on the tensor cores, of exact float32 without them.
+# In the order in which they are tried. By precision: of half precision, of float32 rounded to TF32 on the tensor cores,
+# of exact float32 without them; and "any" of the first two with channels that are no multiples of 8.
 PRODUCT_TILES = {
-    "half": Tiles(
-        ((64, Tile(128, 64, 64, 4)), (192, Tile(128, 128, 64, 8)), (1 << 31, Tile(128, 256, 64, 8))),
-        few_rows=Tile(64, 64, 64, 4),
+    "half": (
+        Tile(128, 64, 64, 4, channels=64),
+        Tile(128, 128, 64, 8, channels=192),
+        Tile(128, 256, 64, 8, capability=90),
+        Tile(128, 128, 64, 8),
     ),
-    "tf32": Tiles(((64, Tile(128, 64, 32, 4)), (1 << 31, Tile(128, 128, 32, 8))), few_rows=Tile(64, 64, 32, 4)),
-    "ieee": Tiles(((1 << 31, Tile(64, 64, 16, 4)),), few_rows=Tile(32, 64, 16, 4)),
+    "tf32": (Tile(128, 64, 32, 4, channels=64), Tile(128, 128, 32, 8)),
+    "ieee": (Tile(32, 64, 32, 4),),
+    "any": (Tile(64, 64, 32, 8),),
 }
+FEW_ROWS = {"half": Tile(64, 64, 64, 4), "tf32": Tile(64, 64, 32, 4)}
+"""Instead of those that would be fewer than the multiprocessors."""
 GRADIENT_TILES = {
-    "half": Tiles(((64, Tile(64, 64, 64, 4)), (1 << 31, Tile(128, 128, 64, 8))), few_rows=Tile(64, 64, 64, 4)),
-    "tf32": Tiles(((64, Tile(64, 64, 32, 4)), (1 << 31, Tile(128, 128, 32, 8))), few_rows=Tile(64, 64, 32, 4)),
-    "ieee": Tiles(((1 << 31, Tile(64, 64, 16, 4)),), few_rows=Tile(64, 64, 16, 4)),
+    "half": (Tile(64, 64, 64, 4, channels=64), Tile(128, 128, 64, 8)),
+    "tf32": (Tile(64, 64, 32, 4, channels=64), Tile(128, 128, 32, 8)),
+    "ieee": (Tile(32, 64, 32, 4),),
+    "any": (Tile(64, 64, 32, 8),),
 }
 LEAST_ROWS_OF_A_PIECE = 512
 BLOCKS_PER_MULTIPROCESSOR = 2  # that dW's pieces make, if there are rows enough
@@ -488,13 +487,30 @@ POINT = Geometry((1, 1), (1, 1), (0, 0), (1, 1))
 """Of a 1x1 convolution, and of a matrix product: rows are pixels."""
 
 
+@dataclass(frozen=True)
+class Device:
+    """What the launches ask of a GPU. shared_memory: bytes that a block may have."""
+
+    capability: int
+    multiprocessors: int
+    shared_memory: int
+
+
 @cache
-def _device(index: int | None) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a block may have."""
+def device(index: int | None) -> Device:
     if index is None:  # the interpreter's
-        return 4, SHARED_MEMORY[90]
+        return Device(90, 4, SHARED_MEMORY[90])
     properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return Device(
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def _tile(tiles: dict[str, tuple[Tile, ...]], precision: str, vector: int, channels: int, capability: int) -> Tile:
+    key = "any" if vector == 1 and precision != "ieee" else precision
+    return next(tile for tile in tiles[key] if channels <= tile.channels and capability >= tile.capability)
 
 
 def _settings(tile: Tile, itemsize: int, shared_memory: int) -> dict[str, int]:
@@ -521,14 +537,12 @@ def _filters(weight: Tensor) -> tuple[int, int] | None:
     return (weight.stride(0), tap) if uniform and (weight.stride(1) == 1 or weight.size(1) == 1) else None
 
 
-def _readable(weight: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, tuple[int, int]]:
-    """The weight and its distances: read where it lies if it has x's dtype and channels innermost, else its slice is
-    copied, once for the whole launch."""
+def _readable(weight: Tensor, outputs: int, inputs: int) -> tuple[Tensor, tuple[int, int]]:
+    """The weight and its distances: read where it lies if its channels are innermost, else its slice is copied."""
     distances = _filters(weight)
-    if weight.dtype != dtype or distances is None:
-        packed = weight.new_empty((outputs, *weight.shape[2:], inputs), dtype=dtype).permute(0, 3, 1, 2)
-        weight = packed.copy_(weight[:outputs, :inputs])
-        distances = (packed.stride(0), inputs)
+    if distances is None:
+        weight = weight[:outputs, :inputs].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        distances = (weight.stride(0), inputs)
     return weight, distances
 
 
@@ -573,14 +587,16 @@ def _product(
     outputs, inputs = (k_size, n_size) if gradient else (n_size, k_size)
     a, a_stride = _pixels(a)
     y_stride = _pixels(y)[1]
-    weight, (w_out, w_tap) = _readable(weight, outputs, inputs, a.dtype)
+    weight, (w_out, w_tap) = _readable(weight, outputs, inputs)
     vector = _vector(k_size, n_size, a_stride, w_out, w_tap, y_stride)
     parts = views or 1
     stride_h, stride_w = geometry.stride if gradient else (1, 1)
     rows = images // parts * triton.cdiv(y_h, stride_h) * triton.cdiv(y_w, stride_w)  # the largest phase of a view
     phases = stride_h * stride_w
-    multiprocessors, shared_memory = _device(a.device.index)
-    tile = PRODUCT_TILES[precision].choose(rows * parts * phases, n_size, multiprocessors)
+    gpu = device(a.device.index)
+    tile = _tile(PRODUCT_TILES, precision, vector, n_size, gpu.capability)
+    if parts * phases * triton.cdiv(rows, tile.m) * triton.cdiv(n_size, tile.n) < gpu.multiprocessors:
+        tile = FEW_ROWS.get(precision, tile) if vector > 1 else tile
     tiles = triton.cdiv(rows, tile.m)
     partials = y if views is None else a.new_empty((parts * tiles, 2, n_size), dtype=torch.float32)
     constants = _product_constants(
@@ -612,7 +628,7 @@ def _product(
             y_stride // vector,
             tiles,
             **constants,
-            **_settings(tile, a.element_size(), shared_memory),
+            **_settings(tile, a.element_size(), gpu.shared_memory),
         )
         if views is None:
             return None
@@ -641,7 +657,7 @@ def conv2d(
 ) -> Tensor:
     """[N, c, H, W] -> [N, outputs, H', W'], channels_last.
 
-    weight: [K, C, kh, kw], full. precision: "half" for half precision, "tf32" or "ieee" for float32.
+    weight: [>= outputs, >= c, kh, kw], of x's dtype. precision: "half" for half precision, else "tf32" or "ieee".
     """
     y = _result(x, outputs, geometry)
     if y.numel() > 0:
@@ -675,27 +691,27 @@ def _gradient_constants(geometry: Geometry, *, add: bool, flat: bool, vector: in
 
 
 def weight_gradient(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geometry, precision: str) -> None:
-    """Adds dW to the prefix [outputs, c] of the full `grad_weight` [K, C, kh, kw], of any layout and dtype."""
+    """Adds dW to the prefix [outputs, c] of `grad_weight` [>= outputs, >= c, kh, kw], of any layout and dtype."""
     (images, outputs, y_h, y_w), (_, inputs, x_h, x_w) = grad.shape, x.shape
     rows, taps = images * y_h * y_w, math.prod(geometry.kernel)
     if rows == 0:
         return
     grad, grad_stride = _pixels(grad)
     x, x_stride = _pixels(x)
-    multiprocessors, shared_memory = _device(x.device.index)
-    tile = GRADIENT_TILES[precision].choose(outputs, inputs, 0)
+    gpu = device(x.device.index)
+    distances = _filters(grad_weight)
+    vector = _vector(outputs, inputs, grad_stride, x_stride, *(distances or ()))
+    tile = _tile(GRADIENT_TILES, precision, vector, inputs, gpu.capability)
     flat = _is_flat(geometry, inputs, tile.n)
     columns = triton.cdiv(taps * inputs, tile.n) if flat else taps * triton.cdiv(inputs, tile.n)
     blocks = triton.cdiv(outputs, tile.m) * columns
-    wanted = triton.cdiv(BLOCKS_PER_MULTIPROCESSOR * multiprocessors, blocks)
+    wanted = triton.cdiv(BLOCKS_PER_MULTIPROCESSOR * gpu.multiprocessors, blocks)
     rows_of_piece = triton.cdiv(max(triton.cdiv(rows, wanted), LEAST_ROWS_OF_A_PIECE), tile.k) * tile.k
     pieces = triton.cdiv(rows, rows_of_piece)
 
-    distances = _filters(grad_weight)
     add = pieces == 1 and distances is not None
     destination = grad_weight if add else grad.new_empty((pieces, outputs, taps, inputs), dtype=torch.float32)
     dw_out, dw_tap = distances if add and distances is not None else (taps * inputs, inputs)
-    vector = _vector(outputs, inputs, grad_stride, x_stride, dw_out, dw_tap)
     with torch.cuda.device_of(x):
         weight_gradient_kernel[(triton.cdiv(outputs, tile.m), columns, pieces)](
             grad,
@@ -714,7 +730,7 @@ def weight_gradient(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geom
             dw_out // vector,
             dw_tap // vector,
             **_gradient_constants(geometry, add=add, flat=flat, vector=vector, precision=precision),
-            **_settings(tile, x.element_size(), shared_memory),
+            **_settings(tile, x.element_size(), gpu.shared_memory),
         )
         if not add:
             _add_pieces(destination, grad_weight)
@@ -756,85 +772,104 @@ _GEOMETRIES = {"1x1": POINT, "1x1/2": _SHORTCUT, "3x3": _SAME, "3x3/2": _HALVING
 
 def binaries(capability: int) -> Iterator[Binary]:
     """What the launches above ask for: every tile, and every geometry, epilogue, dtype and unit with one of them."""
+
+    def product(geometry: str, tile: Tile, precision: str, dtype: str, **options: Any) -> Binary:
+        return _product_binary(capability, geometry, tile, precision, dtype, **options)
+
+    def gradient(geometry: str, tile: Tile, precision: str, dtype: str, **options: Any) -> Binary:
+        return _gradient_binary(capability, geometry, tile, precision, dtype, **options)
+
     for precision, dtype in (("half", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
-        for tile in PRODUCT_TILES[precision].all():
-            for gradient in (False, True):
-                yield _product_binary(capability, "3x3", tile, dtype, precision, gradient=gradient)
-        for tile in GRADIENT_TILES[precision].all():
-            yield _gradient_binary(capability, "3x3", tile, dtype, precision)
-    tile, narrow = Tile(128, 128, 64, 8), Tile(128, 64, 64, 4)
+        few_rows = [FEW_ROWS[precision]] if precision in FEW_ROWS else []
+        for tile in (*PRODUCT_TILES[precision], *few_rows):
+            if capability >= tile.capability:
+                for dx in (False, True):
+                    yield product("3x3", tile, precision, dtype, dx=dx)
+        for tile in GRADIENT_TILES[precision]:
+            yield gradient("3x3", tile, precision, dtype)
+    tile, narrow = PRODUCT_TILES["half"][1], PRODUCT_TILES["half"][0]
+    of_gradient, narrow_of_gradient = GRADIENT_TILES["half"][1], GRADIENT_TILES["half"][0]
     for dtype in ("bf16", "fp16"):
         for geometry in _GEOMETRIES:
-            for gradient in (False, True):
-                yield _product_binary(capability, geometry, tile, dtype, "half", gradient=gradient)
-            yield _gradient_binary(capability, geometry, tile, dtype, "half")
-    for vector in (8, 1):
+            for dx in (False, True):
+                yield product(geometry, tile, "half", dtype, dx=dx)
+            yield gradient(geometry, of_gradient, "half", dtype)
+    for dx in (False, True):
+        yield product("3x3", narrow, "half", "bf16", dx=dx, flat=True)
+    for flat in (False, True):
+        yield gradient("3x3", narrow_of_gradient, "half", "bf16", flat=flat, add=True)
+    yield gradient("3x3", narrow_of_gradient, "half", "bf16", flat=True)
+    yield product("3x3", tile, "half", "bf16", statistics=True)
+    yield product("1x1", tile, "half", "bf16", bias=True)
+    for precision, dtype in (("half", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
+        key = "ieee" if precision == "ieee" else "any"
         for flat in (False, True):
-            for gradient in (False, True):
-                yield _product_binary(
-                    capability, "3x3", narrow, "bf16", "half", gradient=gradient, flat=flat, vector=vector
-                )
-            for add in (False, True):
-                yield _gradient_binary(
-                    capability, "3x3", Tile(64, 64, 64, 4), "bf16", "half", flat=flat, vector=vector, add=add
-                )
-        yield _product_binary(capability, "3x3", tile, "bf16", "half", statistics=True, vector=vector)
-        yield _product_binary(capability, "1x1", tile, "bf16", "half", bias=True, vector=vector)
+            for dx in (False, True):
+                yield product("3x3", PRODUCT_TILES[key][0], precision, dtype, dx=dx, flat=flat, vector=1)
+            yield gradient("3x3", GRADIENT_TILES[key][0], precision, dtype, flat=flat, vector=1)
     for dtype in DTYPES:
         for vector, innermost in ((8, True), (1, True), (1, False)):
-            yield _binary(
-                f"add_pieces {dtype}{'' if innermost else ' any layout'}",
+            yield Binary(
+                f"dW, pieces added {dtype}{_ANY if vector == 1 else ''}{'' if innermost else ', any layout'}",
                 add_pieces_kernel,
                 {"pieces_ptr": "*fp32", "dw_ptr": f"*{dtype}"},
                 {"INNERMOST": innermost, "VECTOR": vector, "BLOCK": ADDED_AT_A_TIME},
                 warps=4,
                 stages=3,
                 matrix=False,
+                narrow=0 if vector > 1 else None,
             )
-    for rows_of_tile in (64, 128):
+    for tile in PRODUCT_TILES["half"][:2]:
         yield Binary(
-            f"combine_statistics of {rows_of_tile} rows",
+            f"statistics of tiles of {tile.m} rows",
             combine_statistics_kernel,
             {"partials_ptr": "*fp32", "mean_ptr": "*fp32", "variance_ptr": "*fp32"},
-            {"ROWS_OF_TILE": rows_of_tile, "BLOCK_T": COMBINED_TILES, "BLOCK_C": COMBINED_CHANNELS},
+            {"ROWS_OF_TILE": tile.m, "BLOCK_T": COMBINED_TILES, "BLOCK_C": COMBINED_CHANNELS},
             warps=4,
             stages=3,
             matrix=False,
-            vectors=False,
+            narrow=None,
         )
 
 
-def _binary(
-    name: str,
-    kernel: Any,
-    types: dict[str, str],
-    constants: dict[str, Any],
-    **settings: Any,
-) -> Binary:
-    vector = constants["VECTOR"] > 1
-    return Binary(name if vector else f"{name}, any channels", kernel, types, constants, vectors=vector, **settings)
+_ANY = ", any channels"
 
 
 def _tiled(
-    capability: int, name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], tile: Tile, dtype: str
+    capability: int,
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    tile: Tile,
+    dtype: str,
+    narrow: int | None,
 ) -> Binary:
     settings = _settings(tile, DTYPES[dtype], SHARED_MEMORY[capability])
     warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
-    flat = ", flat" if constants["FLAT"] else ""
-    exact = " ieee" if constants["PRECISION"] == "ieee" else ""
-    name = f"{name} {dtype}{exact} {tile.m}x{tile.n}x{tile.k}{flat}"
-    matrix = constants["PRECISION"] != "ieee"
-    return _binary(name, kernel, pointers, {**constants, **settings}, warps=warps, stages=stages, matrix=matrix)
+    exact = constants["PRECISION"] == "ieee"
+    any_channels = constants["VECTOR"] == 1
+    name = f"{name} {dtype}{' exact' * exact} {tile.m}x{tile.n}x{tile.k}{', flat' * constants['FLAT']}"
+    return Binary(
+        name + _ANY * any_channels,
+        kernel,
+        pointers,
+        {**constants, **settings},
+        warps=warps,
+        stages=stages,
+        matrix=not exact,
+        narrow=None if any_channels else narrow,
+    )
 
 
 def _product_binary(
     capability: int,
     geometry: str,
     tile: Tile,
-    dtype: str,
     precision: str,
+    dtype: str,
     *,
-    gradient: bool = False,
+    dx: bool = False,
     flat: bool = False,
     vector: int = 8,
     bias: bool = False,
@@ -842,7 +877,7 @@ def _product_binary(
 ) -> Binary:
     constants = _product_constants(
         _GEOMETRIES[geometry],
-        gradient=gradient,
+        gradient=dx,
         flat=flat,
         vector=vector,
         bias=bias,
@@ -852,16 +887,19 @@ def _product_binary(
     pointers = {name: f"*{dtype}" for name in ("a_ptr", "w_ptr", "y_ptr", "bias_ptr", "partials_ptr")}
     if statistics:
         pointers["partials_ptr"] = "*fp32"
-    name = f"{'dX' if gradient else 'forward'} {geometry}{' +bias' * bias}{' +statistics' * statistics}"
-    return _tiled(capability, name, product_kernel, pointers, constants, tile, dtype)
+    name = f"{'dX' if dx else 'forward'} {geometry}{' +bias' * bias}{' +statistics' * statistics}"
+    # Bias and statistics: one element of a channel by each thread. TF32 needs both factors with k innermost, which the
+    # weight of dX has not, and is transposed on its way, element by element.
+    narrow = 16 if bias or statistics else None if dx and precision == "tf32" else 0
+    return _tiled(capability, name, product_kernel, pointers, constants, tile, dtype, narrow)
 
 
 def _gradient_binary(
     capability: int,
     geometry: str,
     tile: Tile,
-    dtype: str,
     precision: str,
+    dtype: str,
     *,
     flat: bool = False,
     vector: int = 8,
@@ -869,5 +907,6 @@ def _gradient_binary(
 ) -> Binary:
     constants = _gradient_constants(_GEOMETRIES[geometry], add=add, flat=flat, vector=vector, precision=precision)
     pointers = {"dy_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "dw_ptr": "*fp32"}
-    name = f"dW {geometry}{' added' if add else ''}"
-    return _tiled(capability, name, weight_gradient_kernel, pointers, constants, tile, dtype)
+    name = f"dW {geometry}{', added' * add}"
+    narrow = None if precision == "tf32" else 0  # see _product_binary; here it is both factors
+    return _tiled(capability, name, weight_gradient_kernel, pointers, constants, tile, dtype, narrow)

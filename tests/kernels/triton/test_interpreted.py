@@ -1,8 +1,8 @@
 """The Triton kernels on the CPU, by Triton's interpreter, in a process of their own: Triton reads TRITON_INTERPRET when
 it is imported, and once interpreting, a process cannot compile.
 
-What runs there are the tests of `interpreted/`, and the tests of the operations (test_ops.py) as they are for every
-backend.
+What runs there are the tests of `interpreted/` (files named test_triton_*), and those of the operations, test_ops.py,
+which are the same for every backend.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def run_interpreted(*arguments: str) -> None:
 
 
 def test_kernels():
-    run_interpreted(str(HERE / "interpreted"))
+    some = "test_triton or (triton and (linear or writes_only or opcheck))"
+    run_interpreted(str(HERE / "interpreted"), str(HERE.parent / "test_ops.py"), "-k", some)
 
 
 @pytest.mark.slow

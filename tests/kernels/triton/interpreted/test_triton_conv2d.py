@@ -24,7 +24,7 @@ CASES = {
     "odd geometry": (2, 9, 10, 9, 10, 5, 9, (4, 2), (3, 2), (2, 1), (2, 3)),
     "stride and dilation share a divisor": (1, 8, 9, 11, 16, 8, 8, (3, 3), (2, 4), (2, 2), (2, 6)),
     "one channel": (2, 1, 5, 5, 3, 1, 4, (3, 3), (1, 1), (1, 1), (1, 1)),
-    "two tiles of channels": (1, 72, 4, 4, 144, 136, 72, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "two tiles of channels": (1, 72, 4, 4, 80, 72, 72, (1, 3), (1, 1), (0, 1), (1, 1)),
 }
 
 
@@ -77,9 +77,27 @@ def test_convolution(case, dtype):
     assert torch.equal(gradient, torch.full_like(gradient, CANARY))
 
 
+@pytest.mark.parametrize("channels", [16, 136, 200])
+def test_large_tiles(channels, monkeypatch):
+    """Those that a GPU takes for enough pixels: here it has one multiprocessor, which any number keeps busy."""
+    monkeypatch.setattr(kernels, "device", lambda index: kernels.Device(90, 1, 227 << 10))
+    dtype, geometry = torch.float16, kernels.Geometry((1, 2), (1, 1), (0, 1), (1, 1))
+    x, weight = random(2, channels, 5, 4, dtype=dtype), random(channels, channels, 1, 2, dtype=dtype) / channels**0.5
+    xd, wd = x.double().requires_grad_(), weight.double().requires_grad_()
+    expected = F.conv2d(xd, wd, padding=(0, 1))
+    grad = random(*expected.shape, dtype=dtype)
+    expected.backward(grad.double())
+    assert_close(kernels.conv2d(x, weight, None, channels, geometry, "half"), expected, dtype)
+    dx, dw = torch.empty_like(x, memory_format=torch.channels_last), torch.zeros_like(weight, dtype=torch.float32)
+    kernels.input_gradient(grad, weight, dx, geometry, "half")
+    kernels.weight_gradient(grad, x, dw, geometry, "half")
+    assert_close(dx, xd.grad, dtype)
+    assert_close(dw, wd.grad, dtype)
+
+
 def test_sum_of_pieces_is_added_in_any_layout(monkeypatch):
     monkeypatch.setattr(kernels, "LEAST_ROWS_OF_A_PIECE", 1)
-    x, grad = random(3, 16, 9, 9, dtype=torch.float32), random(3, 24, 9, 9, dtype=torch.float32)
+    x, grad = random(3, 16, 6, 7, dtype=torch.float32), random(3, 24, 6, 7, dtype=torch.float32)
     geometry = kernels.Geometry((3, 3), (1, 1), (1, 1), (1, 1))
     expected = torch.nn.grad.conv2d_weight(x.double(), (24, 16, 3, 3), grad.double(), padding=1)
     for gradient in (
