@@ -45,9 +45,9 @@ from us3l.config import (
     SamplerConfig,
     TrainConfig,
 )
-from us3l.engine import TrainStep
 from us3l.methods import build_method
 from us3l.profile import profile
+from us3l.step import TrainStep
 
 RIVALS = ("published", "eager", "compile", "standalone", "eager_bf16")
 POLICIES = ("joint", "per_width")

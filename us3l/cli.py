@@ -381,8 +381,9 @@ def tune(
     from us3l import config as configs
     from us3l import report
     from us3l.allocator import keep_freed_memory
-    from us3l.engine import TrainStep, resolve_device
+    from us3l.engine import resolve_device
     from us3l.methods import build_method
+    from us3l.step import TrainStep
     from us3l_kernels.backends import measured
     from us3l_kernels.tune import tune as tune_calls
 

@@ -2,6 +2,8 @@
 
 Every key exists here with its type, unit and default; anything else is a :class:`ConfigError` that names the
 nearest valid key. Recipes are the YAML files of the package `us3l.recipes`.
+
+OmegaConf is imported by what reads and writes text alone: a Config made in Python needs none.
 """
 
 from __future__ import annotations
@@ -12,13 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from us3l.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf.errors import ValidationError
 
 
 def _one_of(default: str, *others: str, or_class: bool = False) -> Any:
@@ -202,10 +203,16 @@ def load(name_or_file: str | None = None, overrides: Sequence[str] = ()) -> Conf
 
 def from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """The checked Config of nested dicts, as written by :func:`to_dict`. Errors as in :func:`load`."""
+    from omegaconf import OmegaConf
+
     return _build([("configuration", OmegaConf.create(values)), *_read_overrides(overrides)])
 
 
 def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     layers: list[tuple[str, Any]] = []
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -220,11 +227,15 @@ def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested dicts, lists, strings, numbers: what a checkpoint stores."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
 
 
 def to_yaml(config: Config) -> str:
     """YAML text that :func:`load` reads back to an equal Config."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -363,6 +374,10 @@ def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field[An
 
 
 def _read(name_or_file: str) -> tuple[str, Any]:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     path = Path(name_or_file)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         source = f"file {name_or_file}"
@@ -388,6 +403,9 @@ def _read(name_or_file: str) -> tuple[str, Any]:
 
 
 def _build(layers: list[tuple[str, Any]]) -> Config:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
     merged = OmegaConf.structured(Config)
     for source, layer in layers:
         _check_sections(source, layer)
@@ -407,6 +425,8 @@ def _build(layers: list[tuple[str, Any]]) -> Config:
 
 def _check_sections(source: str, layer: Any) -> None:
     """What OmegaConf lets pass, or reports without a key: values for sections, and 7 for True."""
+    from omegaconf import OmegaConf
+
     _require(OmegaConf.is_dict(layer), source, "sections of keys and values", OmegaConf.to_container(layer))
     for name, section in layer.items():
         if not hasattr(Config(), name):
@@ -423,6 +443,8 @@ def _check_sections(source: str, layer: Any) -> None:
 
 
 def _ill_typed(error: ValidationError, layer: Any) -> str:
+    from omegaconf import OmegaConf
+
     full_key = error.full_key or ""
     section, _, leaf = full_key.partition(".")
     hints = get_type_hints(type(getattr(Config(), section, None)))

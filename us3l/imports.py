@@ -25,12 +25,12 @@ from torch import Tensor
 
 from us3l import checkpoint as checkpoints
 from us3l.config import Config, to_dict
-from us3l.engine import make_optimizer
 from us3l.errors import CheckpointError
 from us3l.methods import Method, build_method
 from us3l.models import MobileNetV2, VisionTransformer
 from us3l.models.mobilenet_v2 import STAGES
 from us3l.sampling import make_sampler
+from us3l.step import make_optimizer
 from us3l_kernels.nn import load_statistics
 from us3l_kernels.nn.batch_norm import SlicedBatchNorm
 from us3l_kernels.nn.calibration import Statistics, statistics

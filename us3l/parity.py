@@ -2,7 +2,7 @@
 
 A parity file (JSON) holds what the authors' published code computed in float64 for a few iterations from a
 deterministic start: the loss (and regulariser) of every width, and [norm, sum] of every parameter afterwards.
-Here the trainer's own step (`us3l.engine.TrainStep`, with an update after every width) repeats it.
+Here the trainer's own step (`us3l.step.TrainStep`, with an update after every width) repeats it.
 
 Rounding is amplified some 30 times per iteration, hence a strict tolerance for the first iteration and a
 looser one for the rest.
@@ -27,10 +27,10 @@ from torch import Tensor
 
 import us3l_kernels
 from us3l.config import Config, MethodConfig, ModelConfig, OptimizerConfig, RegulariserConfig, TrainConfig
-from us3l.engine import TrainStep
 from us3l.errors import US3LError
 from us3l.methods import Method, build_method
 from us3l.schedule import group_alpha
+from us3l.step import TrainStep
 
 # Of the losses before any update, and of those after one. In float32 the first update leaves some ReLUs on the other
 # side, which moves the next losses by 0.005 or so: a tenth of their size, enough to tell another algorithm and no more.

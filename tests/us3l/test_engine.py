@@ -20,11 +20,12 @@ from torch import Tensor
 
 from us3l.config import Config, OptimizerConfig, load
 from us3l.distributed import World, launched
-from us3l.engine import Trainer, TrainStep, learning_rate, resolve_device
+from us3l.engine import Trainer, learning_rate, resolve_device
 from us3l.errors import ConfigError, TrainingError
 from us3l.evaluation import evaluate
 from us3l.methods import Method, build_method
 from us3l.monitor import Monitor, WidthReading
+from us3l.step import TrainStep
 
 TINY = [
     "model.name=resnet_tiny", "model.stem=small", "model.base_channels=8", "model.divisor=4",

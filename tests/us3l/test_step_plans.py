@@ -13,9 +13,9 @@ import torch
 
 from us3l import engine
 from us3l.config import Config, load
-from us3l.engine import TrainStep, use_graphs
 from us3l.errors import ConfigError
 from us3l.methods import Method, SimCLR, build_method
+from us3l.step import TrainStep, use_graphs
 from us3l_kernels import backend, nn
 from us3l_kernels.plans import Plans
 
@@ -159,4 +159,4 @@ def test_yaml_words(text: str, value: str) -> None:
 
 
 def test_graphs_do_not_change_what_a_run_computes() -> None:
-    assert "train.graphs" in engine._NOT_COMPUTED
+    assert "train.graphs" in engine.NOT_COMPUTED

@@ -1,0 +1,199 @@
+"""One iteration of US3L: teacher, every width forward and backward, update.
+
+It needs torch and this project alone: neither files of configuration nor data, nor what shows progress.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from us3l.config import Config, OptimizerConfig
+from us3l.distributed import SINGLE, World
+from us3l.errors import ConfigError
+from us3l.methods import Method
+from us3l.schedule import parameter_groups, set_group_regularisation
+from us3l_kernels import gradients
+from us3l_kernels.nn.batch_norm import SlicedBatchNorm
+from us3l_kernels.optim import LARS, SGD, AdamW
+from us3l_kernels.plans import CudaGraphs, Plans
+from us3l_kernels.width import plan_key, set_width
+
+log = logging.getLogger("us3l")
+
+
+class StepResult(NamedTuple):
+    """losses: [W], one per width, on the device. projections: W detached tensors [2B, D] (us3l.methods.StepOutput)."""
+
+    losses: Tensor
+    projections: list[Tensor]
+
+
+class TrainStep:
+    """One iteration of US3L: all widths of it, and their update(s).
+
+    The policy `train.step` is "joint" (the gradients of all widths add up for one update, as in slimmable networks) or
+    "per_width" (an update after every width, as in the published US3L code).
+
+    Args:
+        method: on its device and in its memory format; its gradients are attached to one flat buffer.
+    """
+
+    def __init__(self, config: Config, method: Method, world: World = SINGLE) -> None:
+        self.config = config
+        self.method = method
+        self.world = world
+        self.device = next(method.parameters()).device
+        self.teacher = method.ema()
+        graphs = CudaGraphs(self.device) if use_graphs(config, method, self.device) else None
+        with nullcontext() if graphs is None else graphs.stream():
+            self.gradients = gradients.attach(method)
+        self.plans = Plans(self.gradients, capture=graphs) if self.device.type == "cuda" else None
+        self._norms = [module for module in method.modules() if isinstance(module, SlicedBatchNorm)]
+        self._modules = list(method.modules())
+        self._channels = lru_cache(maxsize=1024)(self._channels_at)
+        self.optimizer = make_optimizer(config.optimizer, method, config.regulariser.groups)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
+
+    def __call__(
+        self, images: Tensor, widths: Sequence[float], *, lr: float, alpha: float, labels: Tensor | None = None
+    ) -> StepResult:
+        """Train on one batch; nothing in here waits for the device (but fp16, where the scaler must).
+
+        Args:
+            images: [2B, C, H, W], two views of B images, view-major, on the device; [B, C, H, W] with labels.
+            widths: largest first.
+            lr: learning rate. alpha: of the group regularisation.
+            labels: [B], int64, on the device, for a method that is `labelled`; they are its targets.
+        """
+        with nullcontext() if self.plans is None else self.plans.stream():
+            return self._train(images, widths, lr, alpha, labels)
+
+    def _train(
+        self, images: Tensor, widths: Sequence[float], lr: float, alpha: float, labels: Tensor | None
+    ) -> StepResult:
+        joint = self.config.train.step == "joint"
+        if self.teacher is not None:
+            self.teacher.update()
+        first = targets = labels if labels is not None else self._targets(images, widths[0])
+
+        losses, projections = [], []
+        self.gradients.zero_()
+        for index, width in enumerate(widths):
+            loss, projection, targets = self._pass(images, targets, width, full=index == 0)
+            losses.append(loss)
+            projections.append(projection)
+            if not joint:
+                # As published: the steps of width 1.0 leave the prediction heads out of the regulariser.
+                self._update(lr, alpha, regularise_predictors=width != 1.0)
+                self.gradients.zero_()
+        if joint:
+            self._update(lr, alpha, regularise_predictors=True)
+        self.method.finish_iteration(first, self.world)
+        return StepResult(torch.stack(losses), projections)
+
+    def _targets(self, images: Tensor, width: float) -> Tensor | None:
+        """Of the teacher, if there is one."""
+
+        def work(images: Tensor) -> tuple[Tensor | None]:
+            with self.autocast():
+                return (self.method.targets(images, width=width),)
+
+        if self.plans is None or self.method.config.target == "live":
+            return work(images)[0]
+        # A distilling teacher runs at one width, whatever the student's is.
+        return self._planned(("targets", None if self.method.distils else self._channels(width)), work, images)[0]
+
+    def _pass(
+        self, images: Tensor, targets: Tensor | None, width: float, *, full: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Forward and backward of one width: its loss, its projections, and the targets of those that follow."""
+
+        def work(images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+            with self.autocast():
+                loss, projection, targets = self.method(images, width=width, full=full, targets=targets)
+            self.scaler.scale(loss).backward()
+            return loss.detach(), projection, targets
+
+        if self.plans is None:
+            return work(images, targets)
+        return self._planned(("pass", self._channels(width), full), work, images, targets)
+
+    def _planned(self, key: Hashable, work: Callable[..., Any], *inputs: Tensor | None) -> Any:
+        assert self.plans is not None
+        for norm in self._norms:
+            norm.forget_calibration()  # as their forwards would, which a graph does not run
+        return self.plans.run((key, tuple([module.training for module in self._modules])), work, *inputs)
+
+    def _channels_at(self, width: float) -> Hashable:
+        """Equal for widths that make the same network of the student."""
+        set_width(self.method.encoder_q, width)
+        return plan_key(self.method.encoder_q)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of the forward passes."""
+        dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.amp]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def _update(self, lr: float, alpha: float, *, regularise_predictors: bool) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.config.regulariser.kind == "group":
+            set_group_regularisation(
+                self.optimizer,
+                weight_decay=self.config.optimizer.weight_decay,
+                alpha=alpha,
+                predictors=regularise_predictors,
+            )
+        # The flat buffer holds the gradients of all widths: it is the one bucket of data-parallel training.
+        self.world.average_(self.gradients.flat)
+        if self.config.optimizer.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.method.student_parameters(), self.config.optimizer.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def use_graphs(config: Config, method: Method, device: torch.device) -> bool:
+    """Whether the passes of a width are to be CUDA graphs.
+
+    Raises ConfigError where they cannot be, and `train.graphs` is true.
+    """
+    wanted = config.train.graphs
+    reason = why_no_graphs(method, device)
+    if reason is not None and wanted == "true":
+        raise ConfigError(f"train.graphs=true: {reason}")
+    own = type(method).__module__.startswith("us3l.")
+    if reason is None and not own and wanted == "auto":
+        reason = (
+            "a graph repeats the kernels of a method and nothing else that it does; train.graphs=true says that "
+            f"{type(method).__name__} needs no more"
+        )
+    if reason is not None and wanted == "auto" and device.type == "cuda":
+        log.warning("train.graphs=auto: no CUDA graphs: %s", reason)
+    return reason is None and wanted != "false"
+
+
+def why_no_graphs(method: Method, device: torch.device) -> str | None:
+    """Why the passes of a width cannot be CUDA graphs; None if they can."""
+    if device.type != "cuda":
+        return f"CUDA graphs are for GPUs, train.device is {device}"
+    if method.feature_distillation is not None:
+        return "the features that method.feature_weight distils pass from one width to the next outside of the graphs"
+    return None
+
+
+def make_optimizer(config: OptimizerConfig, method: Method, groups: int) -> SGD | LARS | AdamW:
+    """The configured optimizer over the student and its heads (never the teacher)."""
+    parameters = parameter_groups(method)
+    if config.name == "sgd":
+        return SGD(parameters, config.lr, config.momentum, config.weight_decay, groups=groups)
+    if config.name == "lars":
+        return LARS(parameters, config.lr, config.momentum, config.weight_decay, groups=groups)
+    return AdamW(parameters, config.lr, weight_decay=config.weight_decay, groups=groups)
