@@ -408,13 +408,20 @@ class Eager:
 
 
 class Compiled(Eager):
-    """`Eager` with forward and loss under torch.compile: one specialisation per width, of few and fixed ones."""
+    """`Eager` with forward and loss under torch.compile: one specialisation per width, of few and fixed ones.
 
-    def __init__(self, settings: Settings, weights: list[Tensor], *, stacked: bool) -> None:
+    mode: of torch.compile; "reduce-overhead" makes CUDA graphs.
+    """
+
+    def __init__(self, settings: Settings, weights: list[Tensor], *, stacked: bool, mode: str | None = None) -> None:
         super().__init__(settings, weights, stacked=stacked)
         torch._dynamo.reset()
-        self.teacher.compile(dynamic=False)
-        self.loss = torch.compile(self.loss, dynamic=False)  # type: ignore[method-assign]
+        self.teacher.compile(dynamic=False, mode=mode)
+        self.loss = torch.compile(self.loss, dynamic=False, mode=mode)  # type: ignore[method-assign]
+
+    def step(self, images: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # nothing of the last step is needed any more
+        return super().step(images)
 
 
 class Standalone(Eager):

@@ -1,7 +1,7 @@
 """The README's tables of speed, made from the results: no figure there is typed by hand.
 
 Between `<!-- bench:cpu -->` and `<!-- /bench:cpu -->` stands what `render` makes of the JSON files in `results/cpu/`;
-so for every other folder of results.
+so for every other folder of results. `bench:gpu` stands for all folders with readings of a GPU (`gpu_suite.py`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,23 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 Result = dict[str, Any]
 
 
+UNMEASURED = "\n**GPU figures are not yet measured.**\n\n"
+
+
 def updated(text: str, results: Path = RESULTS) -> str:
     """`text` with every block rendered anew from the folder of `results` that it names."""
-    return BLOCK.sub(lambda block: f"{block[1]}{render(load(results / block['folder']))}{block[3]}", text)
+
+    def table(folder: str) -> str:
+        return render_gpus(results) if folder == "gpu" else render(load(results / folder))
+
+    return BLOCK.sub(lambda block: f"{block[1]}{table(block['folder'])}{block[3]}", text)
+
+
+def render_gpus(results: Path) -> str:
+    """Markdown: the tables of every folder with readings of a GPU, one behind the other; or that there are none."""
+    found = [load(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
+    tables = [render(of) for of in found if of and all(result["versions"]["gpu"] is not None for result in of)]
+    return "".join(tables) or UNMEASURED
 
 
 def load(folder: Path) -> list[Result]:
@@ -38,7 +52,8 @@ def load(folder: Path) -> list[Result]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder of benchmark results")
     results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-    chosen = [result for result in results if set(result["config"]["backends"].values()) == {"auto"}]
+    listed = [result for result in results if result.get("benchmark") in TABLES]
+    chosen = [result for result in listed if set(result["config"]["backends"].values()) == {"auto"}]
     return sorted(chosen, key=_order)
 
 

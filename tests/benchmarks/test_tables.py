@@ -67,3 +67,18 @@ def test_only_the_automatic_choice_of_backends_is_listed(tmp_path):
 def test_a_block_without_results_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a folder of benchmark results"):
         tables.updated("<!-- bench:h100 -->\n<!-- /bench:h100 -->", tmp_path)
+
+
+def test_readings_of_gpus_or_that_there_are_none(tmp_path):
+    for folder, gpu in (("cpu", None), ("h100", "NVIDIA H100")):
+        (tmp_path / folder).mkdir()
+        text = "<!-- bench:gpu -->\n<!-- /bench:gpu -->"
+        if gpu:
+            assert "**GPU figures are not yet measured.**" in tables.updated(text, tmp_path)
+        step = result("step", **STEP)
+        step["versions"]["gpu"] = gpu
+        (tmp_path / folder / "step.json").write_text(json.dumps(step))
+        (tmp_path / folder / "part1_machine.json").write_text(json.dumps({"benchmark": "gpu", "items": {}}))
+    text = tables.updated(text, tmp_path)
+    assert text.count("| ResNet-18, 32 px, fp32 |") == 1 and "Taken on NVIDIA H100, torch 2.10.0." in text
+    assert "not yet measured" not in text

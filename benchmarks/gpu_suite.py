@@ -1,0 +1,207 @@
+"""What has to be known of a GPU, in three parts of at most nine minutes: `gpu_suite.py --part 1|2|3 --out DIR`.
+
+1  the machine, the correctness of every kernel, compute-sanitizer, graphs beside eager, profiles of eager steps
+2  convolutions: every backend and tile beside cuDNN, by how much an own kernel may be slower
+3  norms, packing, updates, the cost of graphs, whole steps beside their rivals, random widths
+
+It needs torch and this checkout with its kernels built (`make build PYTHON=python3`), and no network. Every section
+runs in a process of its own, item by item: an item that raises, hangs or takes the process with it (an illegal address
+does) is reported as that, and the rest goes on. DIR gets a JSON file for each section, from which `us3l bench table`
+makes the README's table once it lies in benchmarks/results/. What a part has no time for is reported as that:
+`--only` and `--items` run it in another call, and its results join those that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):  # run as a script
+    sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+
+from benchmarks import harness  # noqa: E402
+from benchmarks.gpu_sections import SECTIONS, Setup  # noqa: E402
+
+PART_SECONDS = 530.0
+LONGEST_ITEM = 300.0  # compiling a step takes minutes
+RESTARTS = 4  # of a section whose process has died
+
+Result = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", type=int, choices=sorted(SECTIONS), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: whether the suite itself works")
+    parser.add_argument("--only", default="", metavar="TEXT", help="sections with this in their name alone")
+    parser.add_argument("--items", default="", metavar="TEXT", help="items with this in their name alone")
+    parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="after which no further item starts")
+    parser.add_argument("--section", help=argparse.SUPPRESS)  # what a process of one section is given
+    options = parser.parse_args(arguments)
+    options.out = options.out.resolve()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here (--device cpu --smoke tries the suite itself)")
+    # cuBLAS is reproducible with it alone, which the comparison of graphs with eager steps needs.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("US3L_TUNE_CACHE", str(options.out / "tune.json"))
+    if options.section is not None:
+        run_section(options.part, options.section, setup_of(options), options.seconds, options.items)
+        return
+    run_part(options)
+
+
+def setup_of(options: argparse.Namespace) -> Setup:
+    """What the sections are told."""
+    return Setup(torch.device(options.device), options.smoke, options.out)
+
+
+def run_part(options: argparse.Namespace) -> list[Path]:
+    """Every section of the part, one after the other, each in a process of its own; the files of their results."""
+    start, share, files = time.monotonic(), 0.0, []
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = {name: share for name, (_, share) in SECTIONS[options.part].items() if options.only in name}
+    for name in chosen:
+        share += chosen[name] / sum(chosen.values())
+        log_of(options.out, name).unlink(missing_ok=True)
+        for _ in range(1 + RESTARTS):
+            left = start + share * options.seconds - time.monotonic()
+            if left <= 0 or run_process(options, name, left):
+                break
+        files.append(finish(options.part, name, setup_of(options)))
+    return files
+
+
+def run_process(options: argparse.Namespace, section: str, seconds: float) -> bool:
+    """Run a section in a process; False if that died, and another should go on where it stopped."""
+    command = [
+        sys.executable, str(Path(__file__).resolve()), "--part", str(options.part), "--section", section,
+        "--out", str(options.out), "--device", options.device, "--seconds", f"{seconds:.0f}",
+        "--items", options.items, *(["--smoke"] if options.smoke else []),
+    ]  # fmt: skip
+    log = log_of(options.out, section)
+    process = subprocess.Popen(command, cwd=ROOT)
+    end = time.monotonic() + seconds
+    while process.poll() is None:
+        time.sleep(0.2)
+        # Every item writes a line when it begins and when it ends.
+        touched = log.stat().st_mtime if log.exists() else time.time()
+        stuck = time.time() - touched > LONGEST_ITEM
+        if stuck or time.monotonic() > end + 10:
+            process.kill()
+            process.wait()
+            append(log, {"died": f"stopped after {LONGEST_ITEM:.0f} s" if stuck else "stopped: out of time"})
+            return not stuck
+    if process.returncode != 0:
+        append(log, {"died": f"the process ended with code {process.returncode}"})
+    return process.returncode == 0
+
+
+def run_section(part: int, name: str, setup: Setup, seconds: float = PART_SECONDS, items: str = "") -> None:
+    """The items of a section that its log does not have, in this process; those with `items` in their name."""
+    setup.out.mkdir(parents=True, exist_ok=True)
+    log = log_of(setup.out, name)
+    done = {line["begin"] for line in lines_of(log) if "begin" in line}
+    end = time.monotonic() + seconds
+    section, _ = SECTIONS[part][name]
+    for item, work in section(setup):
+        if item in done or items not in item:
+            continue
+        append(log, {"begin": item})
+        append(log, {"result": run_item(item, work) if time.monotonic() < end else {"skipped": "out of time"}})
+
+
+def run_item(item: str, work: Callable[[], Result]) -> Result:
+    """The item's result; or its error, in one line and in full."""
+    print(f"{item} ...", flush=True)
+    start = time.perf_counter()
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, it is this item's
+        text = str(error).strip().splitlines() or [""]
+        result = {"error": f"{type(error).__name__}: {text[0]}", "traceback": traceback.format_exc()}
+        print(f"    {result['error']}", flush=True)
+    return {**result, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def finish(part: int, section: str, setup: Setup) -> Path:
+    """Make the section's JSON of its log, and of what an earlier call has left there. Whole steps are written as
+    `us3l bench step` would, each to a file of its own."""
+    out = setup.out
+    file = out / f"part{part}_{slug(section)}.json"
+    items: dict[str, Result] = json.loads(file.read_text(encoding="utf-8"))["items"] if file.exists() else {}
+    last = "(start)"
+    for line in lines_of(log_of(out, section)):
+        if "begin" in line:
+            last = line["begin"]
+            items[last] = {"error": "the process died here"}
+        elif "result" in line:
+            items[last] = line["result"]
+        elif items.get(last, {"error": ""}).get("error") is not None:
+            items[last] = {"error": line["died"]}
+    stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "clocks": clocks(setup.device)}
+    for name, result in items.items():
+        if report := result.pop("report", None):
+            harness.write_json(out / f"{slug(name)}.json", report | stamp)
+            result["file"] = f"{slug(name)}.json"
+    config = {"part": part, "section": section, "smoke": setup.smoke}
+    harness.write_json(file, harness.report("gpu", config, setup.device, items=items) | stamp)
+    log_of(out, section).unlink(missing_ok=True)
+    errors = [f"{name}: {result['error']}" for name, result in items.items() if "error" in result]
+    print(f"{file}: {len(items)} items, {len(errors)} errors", *errors, sep="\n    ", flush=True)
+    return file
+
+
+def log_of(out: Path, section: str) -> Path:
+    """What a section has done so far, line by line: it outlives the section's process."""
+    return out / f"{slug(section)}.jsonl"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "_", name).strip("_")
+
+
+def append(log: Path, line: Result) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def lines_of(log: Path) -> Iterator[Result]:
+    """The lines of a log; one that was torn by the end of its process is left out."""
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def clocks(device: torch.device) -> dict[str, str] | None:
+    """Driver, clocks, power and temperature of the GPU, as nvidia-smi tells them."""
+    if device.type != "cuda":
+        return None
+    fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"error": str(error)}
+    return dict(zip(fields.split(","), (value.strip() for value in told.splitlines()[0].split(",")), strict=True))
+
+
+if __name__ == "__main__":
+    main()

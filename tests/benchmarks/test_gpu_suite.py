@@ -1,0 +1,158 @@
+"""The GPU suite with tiny shapes on the CPU: every section works, and what fails in one does not stop the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_sections, gpu_suite, tables
+from benchmarks.gpu_sections import SECTIONS, Item, Setup
+from us3l_kernels.backends import BACKENDS
+
+FAST = ("machine", "convolutions", "norms", "packing", "updates", "sanitizer")
+ALL = [(part, name) for part, sections in SECTIONS.items() for name in sections]
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(torch.device("cpu"), True, tmp_path)
+
+
+def run(setup: Setup, part: int, section: str, **options: Any) -> dict[str, Any]:
+    """The section's items."""
+    gpu_suite.run_section(part, section, setup, **options)
+    result = json.loads(gpu_suite.finish(part, section, setup).read_text(encoding="utf-8"))
+    assert result["benchmark"] == "gpu" and result["date"] and result["versions"]["torch"] == torch.__version__
+    return result["items"]
+
+
+@pytest.mark.parametrize(
+    ("part", "section"),
+    [each if each[1] in FAST else pytest.param(*each, marks=pytest.mark.slow) for each in ALL],
+    ids=lambda value: str(value),
+)
+def test_section(setup: Setup, part: int, section: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("US3L_TUNE_CACHE", str(setup.out / "tune.json"))
+    items = run(setup, part, section)
+    assert items
+    assert not [item for item in items.values() if "error" in item or ("us" in item and "errors" in item)]
+
+
+def test_correctness_of_some(setup: Setup) -> None:
+    items = run(setup, 1, "correctness", items="conv2d 3x3/1 33 of 64")
+    assert len(items) == 3 * len(gpu_sections.backends("conv2d"))
+    for name, item in items.items():
+        assert ("skipped" in item) == ("native, float16" in name)
+        if "skipped" not in item:
+            assert set(item["errors"]) == {"y", "dx", "dweight", "dbias"} and max(item["errors"].values()) < 0.03
+
+
+def test_a_wrong_kernel_is_found(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = BACKENDS["reference"]
+    right = reference.linear_backward
+
+    def outside(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, into: torch.Tensor, *rest: Any) -> Any:
+        if into.dtype == torch.float32:
+            into[-1, -1] += 1
+        return right(grad, x, weight, into, *rest)
+
+    monkeypatch.setattr(reference, "linear_backward", outside)
+    items = run(setup, 1, "correctness", items="linear 37 rows, 33 of 64 -> 10 of 100, reference, float32")
+    assert [item["error"] for item in items.values()] == ["Mismatch: dweight: written outside of the slice"]
+
+    monkeypatch.setattr(reference, "linear_backward", right)
+    exact = reference.linear
+
+    def wrong(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return exact(x, *rest) * (1.01 if x.dtype == torch.float32 else 1)
+
+    monkeypatch.setattr(reference, "linear", wrong)
+    items = run(setup, 1, "correctness", items="linear 37 rows, 33 of 64 -> 10 of 100, reference, float32")
+    assert "Mismatch: y differs by 1.0e-02 of its largest value, ATen's by" in next(iter(items.values()))["error"]
+
+
+def failing(setup: Setup) -> Iterator[Item]:
+    yield "fine", lambda: {"value": 1}
+    yield "raises", lambda: {}["missing"]
+    yield "dies", lambda: os._exit(7)
+    yield "hangs", lambda: {"slept": __import__("time").sleep(60)}
+    yield "fine as well", lambda: {"value": 2}
+
+
+def test_what_raises_is_reported_and_the_rest_goes_on(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SECTIONS[1], "failing", (failing, 0.1))
+    assert run(setup, 1, "failing", items="fine").keys() == {"fine", "fine as well"}
+    items = run(setup, 1, "failing", items="raises")
+    assert items["raises"]["error"] == "KeyError: 'missing'" and "Traceback" in items["raises"]["traceback"]
+    assert items["fine"]["value"] == 1  # of the first call
+    assert run(setup, 1, "failing", seconds=0)["hangs"] == {"skipped": "out of time"}
+
+
+def test_what_dies_is_reported_and_the_rest_goes_on(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process of a section, here one that has no need to import torch."""
+    monkeypatch.setitem(SECTIONS[1], "failing", (failing, 1.0))
+    monkeypatch.setattr(gpu_suite, "LONGEST_ITEM", 1.5)
+    child = (
+        "import json, os, sys, time\n"
+        "log, items = sys.argv[1], ['fine', 'dies', 'hangs', 'fine as well']\n"
+        "done = [json.loads(line).get('begin') for line in open(log)] if os.path.exists(log) else []\n"
+        "for item in items:\n"
+        "    if item in done: continue\n"
+        "    open(log, 'a').write(json.dumps({'begin': item}) + '\\n')\n"
+        "    if item == 'dies': os._exit(7)\n"
+        "    if item == 'hangs': time.sleep(60)\n"
+        "    open(log, 'a').write(json.dumps({'result': {'value': 1}}) + '\\n')\n"
+    )
+    popen = subprocess.Popen
+
+    def started(command: list[str], **options: Any) -> Any:
+        if "--section" not in command:  # git
+            return popen(command, **options)
+        return popen([sys.executable, "-c", child, str(gpu_suite.log_of(setup.out, "failing"))], **options)
+
+    monkeypatch.setattr(gpu_suite.subprocess, "Popen", started)
+    gpu_suite.main(["--part", "1", "--out", str(setup.out), "--device", "cpu", "--smoke", "--only", "failing"])
+    items = json.loads((setup.out / "part1_failing.json").read_text(encoding="utf-8"))["items"]
+    assert items["fine"] == items["fine as well"] == {"value": 1}
+    assert items["dies"] == {"error": "the process ended with code 7"}
+    assert items["hangs"] == {"error": "stopped after 2 s"}
+
+
+@pytest.mark.slow
+def test_the_command_runs_with_little_installed(tmp_path: Path) -> None:
+    """As on a machine that has torch and what timm needs."""
+    absent = ("omegaconf", "typer", "rich", "tensorboard", "sklearn", "matplotlib", "threadpoolctl", "hypothesis")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nfor name in {absent}: sys.modules[name] = None\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    suite = Path(gpu_suite.__file__)
+    options = ["--part", "1", "--out", "results", "--device", "cpu", "--smoke", "--only", "graphs"]
+    command = [sys.executable, str(suite), *options]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
+    items = json.loads((tmp_path / "results" / "part1_graphs.json").read_text(encoding="utf-8"))["items"]
+    assert all(item["equal"] for item in items.values()) and len(items) == 2
+
+
+def test_imports_need_little_installed() -> None:
+    """Nothing that the machine with the GPU lacks is imported, even if it is here."""
+    program = (
+        "import sys; [sys.modules.__setitem__(n, None) for n in"
+        " ('omegaconf', 'typer', 'rich', 'tensorboard', 'sklearn', 'matplotlib', 'threadpoolctl', 'hypothesis')]\n"
+        "import benchmarks.gpu_suite"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tables.README.parent, check=True, timeout=300)
+
+
+def test_no_gpu_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--part", "1", "--out", str(tmp_path)])
+    assert "torch sees no GPU here" in capsys.readouterr().err
