@@ -619,15 +619,20 @@ def triton_tiles(setup: Setup, direction: str, side: Callable[[int], object]) ->
     from us3l_kernels.triton import conv2d as kernels_of
 
     tables = kernels_of.GRADIENT_TILES if direction == "dW" else kernels_of.PRODUCT_TILES
-    shipped = tables["half"]
+    shipped, few_rows = tables["half"], kernels_of.FEW_ROWS["half"]
+    capability = 10 * torch.cuda.get_device_capability()[0] if setup.device.type == "cuda" else 80
     times: dict[str, Any] = {}
     try:
-        for tile in dict.fromkeys(shipped.all()):
-            tables["half"] = kernels_of.Tiles(((1 << 31, tile),), few_rows=tile)
+        for tile in (*shipped, few_rows):
+            name = f"{tile.m}x{tile.n}x{tile.k}"
+            if name in times or tile.capability > capability:
+                continue
+            alone = replace(tile, channels=1 << 31)
+            tables["half"], kernels_of.FEW_ROWS["half"] = (alone,), alone
             found = microseconds(setup, {"": side}, rounds=3)
-            times[f"{tile.m}x{tile.n}x{tile.k}"] = found["us"].get("", found.get("errors"))
+            times[name] = found["us"].get("", found.get("errors"))
     finally:
-        tables["half"] = shipped
+        tables["half"], kernels_of.FEW_ROWS["half"] = shipped, few_rows
     return times
 
 

@@ -79,6 +79,21 @@ def test_a_wrong_kernel_is_found(setup: Setup, monkeypatch: pytest.MonkeyPatch) 
     assert "Mismatch: y differs by 1.0e-02 of its largest value, ATen's by" in next(iter(items.values()))["error"]
 
 
+def test_every_tile_of_a_kernel_is_tried_alone(setup: Setup) -> None:
+    conv2d = pytest.importorskip("us3l_kernels.triton.conv2d", exc_type=ImportError)
+    for direction, tables in {"dW": conv2d.GRADIENT_TILES, "forward": conv2d.PRODUCT_TILES}.items():
+        shipped, seen = dict(tables), set()
+
+        def side(_: int, tables: Any = tables, seen: Any = seen) -> None:
+            (tile,) = tables["half"]
+            assert tile == conv2d.FEW_ROWS["half"] and tile.channels == 1 << 31
+            seen.add(tile)
+
+        times = gpu_sections.triton_tiles(setup, direction, side)
+        assert len(times) == len(seen) >= 2 and all(isinstance(us, float) for us in times.values())
+        assert tables == shipped
+
+
 def failing(setup: Setup) -> Iterator[Item]:
     yield "fine", lambda: {"value": 1}
     yield "raises", lambda: {}["missing"]
