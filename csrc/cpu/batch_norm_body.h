@@ -46,6 +46,26 @@ US3L_INLINE void for_blocks_backwards(std::int64_t rows, std::int64_t channels, 
   }
 }
 
+// Results of more memory than this are written around the cache: they would be gone from it before they are read, and what
+// is there would be read first.
+constexpr std::int64_t kLargest = std::int64_t{4} << 20;
+
+template <class T>
+US3L_INLINE bool around_cache(Rows<T> y, std::int64_t rows) {
+  constexpr std::uintptr_t kVector = LANES * sizeof(float);
+  const std::int64_t row = y.stride * static_cast<std::int64_t>(sizeof(T));
+  return sizeof(T) == sizeof(float) && rows * row >= kLargest && row % kVector == 0 &&
+         reinterpret_cast<std::uintptr_t>(y.data) % kVector == 0;
+}
+
+template <int W, bool kAround, class T>
+US3L_INLINE void store_result(T* p, Float<W> v) {
+  if constexpr (kAround && W == LANES && sizeof(T) == sizeof(float))
+    store_around_cache<W>(p, v);
+  else
+    store<W>(p, v);
+}
+
 // Mean first, then the deviations from it while the block is in the cache: exact however far the mean is from zero.
 // Blocks are merged in double by the formula of Chan, Golub and LeVeque (1983).
 template <class T>
@@ -115,7 +135,7 @@ void statistics(Rows<const T> x, std::int64_t rows, std::int64_t channels, doubl
   }
 }
 
-template <class T, bool kResidual>
+template <class T, bool kResidual, bool kAround>
 struct Normalise {
   Rows<const T> x, residual;
   Rows<T> y;
@@ -139,23 +159,31 @@ struct Normalise {
         if constexpr (kResidual) z += load<W>(add + n * W);
         z = z < low ? low : z;
         z = z > high ? high : z;
-        store<W>(out + n * W, z);
+        store_result<W, kAround>(out + n * W, z);
       }
       if constexpr (kResidual) add += residual.stride;
     }
   }
 };
 
+template <class T, bool kAround>
+US3L_INLINE void normalise_rows(Rows<const T> x, Rows<const T> residual, Rows<T> y, std::int64_t rows,
+                                std::int64_t channels, Affine affine, Clamp clamp) {
+  if (residual.data != nullptr) {
+    Normalise<T, true, kAround> pass{x, residual, y, affine, clamp};
+    for_blocks_backwards(rows, channels, pass);
+  } else {
+    Normalise<T, false, kAround> pass{x, residual, y, affine, clamp};
+    for_blocks_backwards(rows, channels, pass);
+  }
+}
+
 template <class T>
 void normalise(Rows<const T> x, Rows<const T> residual, Rows<T> y, std::int64_t rows, std::int64_t channels,
                Affine affine, Clamp clamp) {
-  if (residual.data != nullptr) {
-    Normalise<T, true> pass{x, residual, y, affine, clamp};
-    for_blocks_backwards(rows, channels, pass);
-  } else {
-    Normalise<T, false> pass{x, residual, y, affine, clamp};
-    for_blocks_backwards(rows, channels, pass);
-  }
+  if (!around_cache(y, rows)) return normalise_rows<T, false>(x, residual, y, rows, channels, affine, clamp);
+  normalise_rows<T, true>(x, residual, y, rows, channels, affine, clamp);
+  finish_stores_around_cache();
 }
 
 enum class Mask { none, from_y, from_x };
@@ -228,7 +256,7 @@ void reduce(Rows<const T> grad, Rows<const T> x, Rows<const T> y, Rows<T> masked
   pass(grad, x, y, masked, rows, channels, affine, clamp, sum_g, sum_gx);
 }
 
-template <class T, Mask kMask>
+template <class T, Mask kMask, bool kAround>
 struct InputGradient {
   Rows<const T> grad, x;
   Rows<T> dx;
@@ -254,21 +282,31 @@ struct InputGradient {
         Float<W> g = load<W>(grad_row + n * W);
         if constexpr (kMask == Mask::from_x)
           g = inside<W>(g, rounded<T, W>(normalised<W>(value, mean[n], scale[n], bias[n])), clamp);
-        store<W>(out + n * W, g * scale[n] + ((value - mean[n]) * a[n] + b[n]));
+        store_result<W, kAround>(out + n * W, g * scale[n] + ((value - mean[n]) * a[n] + b[n]));
       }
   }
 };
 
+template <class T, bool kAround>
+US3L_INLINE void input_gradient_rows(Rows<const T> grad, Rows<const T> x, Rows<T> dx, std::int64_t rows,
+                                     std::int64_t channels, Affine affine, const float* slope, const float* offset,
+                                     Clamp clamp) {
+  if (affine.bias != nullptr) {
+    InputGradient<T, Mask::from_x, kAround> pass{grad, x, dx, affine, slope, offset, clamp};
+    for_blocks_backwards(rows, channels, pass);
+  } else {
+    InputGradient<T, Mask::none, kAround> pass{grad, x, dx, affine, slope, offset, clamp};
+    for_blocks_backwards(rows, channels, pass);
+  }
+}
+
 template <class T>
 void input_gradient(Rows<const T> grad, Rows<const T> x, Rows<T> dx, std::int64_t rows, std::int64_t channels,
                     Affine affine, const float* slope, const float* offset, Clamp clamp) {
-  if (affine.bias != nullptr) {
-    InputGradient<T, Mask::from_x> pass{grad, x, dx, affine, slope, offset, clamp};
-    for_blocks_backwards(rows, channels, pass);
-  } else {
-    InputGradient<T, Mask::none> pass{grad, x, dx, affine, slope, offset, clamp};
-    for_blocks_backwards(rows, channels, pass);
-  }
+  if (dx.data == grad.data || !around_cache(dx, rows))
+    return input_gradient_rows<T, false>(grad, x, dx, rows, channels, affine, slope, offset, clamp);
+  input_gradient_rows<T, true>(grad, x, dx, rows, channels, affine, slope, offset, clamp);
+  finish_stores_around_cache();
 }
 
 template <class T>
