@@ -81,13 +81,15 @@ Tensor conv2d_3x3_stride2_backward(const Tensor& grad, const Tensor& x, const Te
 // y = conv2d(x, weight[:out_channels, :c], bias[:out_channels]), of any geometry; `groups` are the full layer's, and of
 // them those are active whose channels x has.
 //
-// x [N, c, H, W], float32, channels innermost, other strides free. weight [K, C / groups, kh, kw] and bias [K],
-// float32, any strides. y is channels_last.
+// x [N, c, H, W], float32, channels innermost, other strides free; or bfloat16, on a CPU with AVX512-BF16, of which the
+// strides, and the channels of x and y in a group, are even. weight [K, C / groups, kh, kw] and bias [K], float32, any
+// strides. y is channels_last, in the dtype of x; the weight is rounded to it, and sums are in float32.
 Tensor conv2d(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::int64_t out_channels,
               std::vector<std::int64_t> stride, std::vector<std::int64_t> padding, std::vector<std::int64_t> dilation,
               std::int64_t groups);
 
-// Adds to grad_weight[:k, :c] and grad_bias[:k] (any strides); returns dx, an empty tensor unless needed.
+// Adds to grad_weight[:k, :c] and grad_bias[:k] (float32, any strides; no grad_bias with bfloat16); returns dx, an empty
+// tensor unless needed.
 Tensor conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, std::optional<Tensor> grad_weight,
                        std::optional<Tensor> grad_bias, bool need_grad_x, std::vector<std::int64_t> stride,
                        std::vector<std::int64_t> padding, std::vector<std::int64_t> dilation, std::int64_t groups);

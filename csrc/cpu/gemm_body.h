@@ -4,6 +4,11 @@
 
 #include "vector_body.h"
 
+// What a multiplication is: of floats, unless the including file says otherwise.
+#ifndef US3L_MULTIPLY_ADD
+#define US3L_MULTIPLY_ADD(sum, left, right) sum += left * right
+#endif
+
 // Registers: kRows[n - 1] rows of n vectors of sums, n vectors of b, one of a; 32 of them with AVX-512, else 16.
 constexpr int kMaxPanels = LANES == 16 ? 4 : 2;
 constexpr int kMaxRows[] = {LANES == 16 ? 14 : 12, LANES == 16 ? 14 : 6, 9, 6};
@@ -36,7 +41,7 @@ void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64
     for (int r = 0; r < R; ++r) {
       const float left = base[r / 3][r % 3 * a.row];
       US3L_UNROLL
-      for (int n = 0; n < N; ++n) sum[r][n] += left * right[n];
+      for (int n = 0; n < N; ++n) US3L_MULTIPLY_ADD(sum[r][n], left, right[n]);
     }
     US3L_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] += a.column;

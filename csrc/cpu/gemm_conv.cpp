@@ -5,12 +5,16 @@
 // pixels is gathered so that it stays in the L2 cache, or read in place where it is a matrix already. The weight's slice
 // is packed in every call.
 //
+// Of bfloat16, pairs of neighbouring channels are words, and all but the products themselves and the results is done with
+// them as with floats: half the channels, at half the distances. The weight's gradient has pairs of neighbouring pixels.
+//
 // Work is cut by the number of threads alone and partial sums are merged in order: same threads, same bits.
 
 #include "gemm_conv.h"
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "../ops.h"
@@ -25,6 +29,27 @@ constexpr int64_t kBlock = 64 << 10, kTile = 128 << 10;  // floats
 constexpr int64_t kMostRows = 112, kLeastRows = 56;       // sharing what is read of the right side
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// The kernels for images of T, of which a word holds so many.
+template <class T>
+using Gemm = std::conditional_t<std::is_same_v<T, float>, GemmKernels, GemmPairKernels>;
+template <class T>
+constexpr int64_t kPerWord = sizeof(float) / sizeof(T);
+
+template <class T>
+Gemm<T> kernels_of() {
+  if constexpr (std::is_same_v<T, float>)
+    return gemm_kernels();
+  else
+    return gemm_pair_kernels();
+}
+
+template <class T>
+Images<const float> words_of(const Images<const T>& t) {
+  constexpr int64_t n = kPerWord<T>;
+  return {{reinterpret_cast<const float*>(t.data), t.channels / n, t.image / n, t.row / n, t.pixel / n},
+          t.count, t.height, t.width};
+}
 
 // ---------------------------------------------------------------------------------------------- pixels as rows
 
@@ -124,21 +149,36 @@ void gather(const GemmKernels& gemm, const Samples& s, Range points, Columns col
 // ---------------------------------------------------------------------------------------------- pixels from rows
 
 // Where the results of a grid's points go: point (i, j) to pixel (first + i * step, ...).
+template <class T>
 struct Results {
-  Images<float> images;
+  Images<T> images;
   std::array<int64_t, 2> first, step;
   int64_t height, width;  // of the grid
 };
 
-bool in_place(const Results& r) {
+bool in_place(const Results<float>& r) {
   return r.step[0] == 1 && r.step[1] == 1 && r.first[0] == 0 && r.first[1] == 0 && is_matrix(r.images);
 }
 
-void scatter(const GemmKernels& gemm, const float* block, int64_t row, Range points, const Results& r) {
+// Those of bfloat16 come from blocks of float32.
+bool in_place(const Results<BFloat16>&) { return false; }
+
+void write_rows(const GemmKernels& gemm, int64_t rows, int64_t columns, const float* from, int64_t from_row, float* to,
+                int64_t to_row) {
+  gemm.copy_rows(rows, columns, from, from_row, to, to_row);
+}
+
+void write_rows(const GemmPairKernels& gemm, int64_t rows, int64_t columns, const float* from, int64_t from_row,
+                BFloat16* to, int64_t to_row) {
+  gemm.round_rows(rows, columns, from, from_row, to, to_row);
+}
+
+template <class T>
+void scatter(const Gemm<T>& gemm, const float* block, int64_t row, Range points, const Results<T>& r) {
   for_rows(points, r.height, r.width, [&](int64_t n, int64_t i, int64_t j, int64_t count) {
-    float* const pixel = r.images.data + n * r.images.image + (r.first[0] + i * r.step[0]) * r.images.row +
-                         (r.first[1] + j * r.step[1]) * r.images.pixel;
-    gemm.copy_rows(count, r.images.channels, block, row, pixel, r.step[1] * r.images.pixel);
+    T* const pixel = r.images.data + n * r.images.image + (r.first[0] + i * r.step[0]) * r.images.row +
+                     (r.first[1] + j * r.step[1]) * r.images.pixel;
+    write_rows(gemm, count, r.images.channels, block, row, pixel, r.step[1] * r.images.pixel);
     block += count * row;
   });
 }
@@ -173,8 +213,50 @@ class PackedFilters {
   Scratch memory_;
 };
 
-void multiply(const GemmKernels& gemm, const Samples& s, const PackedFilters& filters, const float* bias,
-              const Results& r) {
+// A weight whose channels of one kind, those that the products sum over, are words.
+enum class Summed { in, out };
+
+// Of bfloat16 it is a copy: of words [out][taps][in / 2] or [out / 2][taps][in].
+template <class T>
+class WordWeight {
+ public:
+  WordWeight(const Gemm<T>& gemm, const Weight<const float>& w, Summed summed)
+      : memory_(Scratch::kImages, kPerWord<T> == 1 ? 0 : w.out * w.height * w.width * w.in / 2), weight(w) {
+    if constexpr (kPerWord<T> == 2) {
+      const int64_t taps = w.height * w.width, columns = summed == Summed::in ? w.in / 2 : w.in;
+      const int64_t rows = summed == Summed::in ? w.out : w.out / 2;
+      float* const words = memory_.data();
+      weight = {words, rows, columns, w.height, w.width, taps * columns, 1, w.width * columns, columns};
+      parallel(rows, [&](int64_t k) {
+        std::vector<float> copies(w.in_distance == 1 ? 0 : 2 * w.in);
+        const auto filters = [&](int64_t k, int64_t tap, float* copy) {
+          const float* const from = w.data + k * w.out_distance + tap / w.width * w.row + tap % w.width * w.column;
+          if (w.in_distance == 1) return from;
+          for (int64_t c = 0; c < w.in; ++c) copy[c] = from[c * w.in_distance];
+          return const_cast<const float*>(copy);
+        };
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          float* const to = words + (k * taps + tap) * columns;
+          if (summed == Summed::in)
+            gemm.round_rows(1, w.in, filters(k, tap, copies.data()), 0, reinterpret_cast<BFloat16*>(to), 0);
+          else
+            gemm.round_pairs(w.in, filters(2 * k, tap, copies.data()),
+                             filters(2 * k + 1, tap, copies.data() + copies.size() / 2), to);
+        }
+      });
+    }
+  }
+
+ private:
+  Scratch memory_;
+
+ public:
+  Weight<const float> weight;
+};
+
+template <class T>
+void multiply(const Gemm<T>& gemm, const Samples& s, const PackedFilters& filters, const float* bias,
+              const Results<T>& r) {
   const int64_t channels = s.images.channels, columns = r.images.channels, panels = divide_up(columns, gemm.lanes);
   const int64_t points = s.points(), threads = torch::stable::get_num_threads();
   const bool read_in_place = in_place(s), write_in_place = in_place(r) && columns % gemm.lanes == 0;
@@ -199,12 +281,14 @@ void multiply(const GemmKernels& gemm, const Samples& s, const PackedFilters& fi
     const Scratch input(Scratch::kInput, read_in_place ? 0 : block * row);
     const int64_t result_row = write_in_place ? r.images.pixel : row_of(width * gemm.lanes);
     const Scratch output(Scratch::kOutput, write_in_place ? 0 : block * result_row);
-    Results results = r;
+    Results<T> results = r;
     results.images.data += first;
     results.images.channels = std::min(columns - first, width * gemm.lanes);
     for_parts(own, blocks, [&](Range p) {
       const int64_t count = p.end - p.begin;
-      float* const c = write_in_place ? results.images.data + p.begin * result_row : output.data();
+      float* c = output.data();
+      if constexpr (std::is_same_v<T, float>)
+        if (write_in_place) c = results.images.data + p.begin * result_row;
       if (bias != nullptr)
         gemm.copy_rows(count, results.images.channels, bias + first, 0, c, result_row);
       for_parts({0, taps}, chunks, [&](Range t) {
@@ -216,7 +300,7 @@ void multiply(const GemmKernels& gemm, const Samples& s, const PackedFilters& fi
         gemm.multiply(count, width, (t.end - t.begin) * channels, a, filters.at(own_panels.begin, t.begin), c,
                       result_row, bias != nullptr || t.begin > 0);
       });
-      if (!write_in_place) scatter(gemm, c, result_row, p, results);
+      if (!write_in_place) scatter<T>(gemm, c, result_row, p, results);
     });
   });
 }
@@ -244,33 +328,40 @@ std::vector<Reach> reach(int64_t taps, int64_t first, int64_t stride, int64_t pa
 
 }  // namespace
 
-void convolve(const Images<const float>& x, const Weight<const float>& w, const float* bias, const Geometry& g,
-              const Images<float>& y) {
-  const GemmKernels gemm = gemm_kernels();
-  const Samples samples{x, g.stride, y.height, y.width, all_taps(g, w.height, w.width, w.row, w.column)};
+template <class T>
+void convolve(const Images<const T>& x, const Weight<const float>& weight, const float* bias, const Geometry& g,
+              const Images<T>& y) {
+  const Gemm<T> gemm = kernels_of<T>();
+  const WordWeight<T> words(gemm, weight, Summed::in);
+  const Weight<const float>& w = words.weight;
+  const Samples samples{words_of(x), g.stride, y.height, y.width, all_taps(g, w.height, w.width, w.row, w.column)};
   const PackedFilters filters(gemm, samples.taps, w.in, w.out, {w.data, w.in_distance, w.out_distance});
-  multiply(gemm, samples, filters, bias, {y, {0, 0}, {1, 1}, y.height, y.width});
+  multiply<T>(gemm, samples, filters, bias, {y, {0, 0}, {1, 1}, y.height, y.width});
 }
 
-void convolve_input_gradient(const Images<const float>& dy, const Weight<const float>& w, const Geometry& g,
-                             const Images<float>& dx) {
-  const GemmKernels gemm = gemm_kernels();
+template <class T>
+void convolve_input_gradient(const Images<const T>& dy, const Weight<const float>& weight, const Geometry& g,
+                             const Images<T>& dx) {
+  const Gemm<T> gemm = kernels_of<T>();
+  const WordWeight<T> words(gemm, weight, Summed::out);
+  const Weight<const float>& w = words.weight;
   for (int64_t i = 0; i < std::min(g.stride[0], dx.height); ++i) {
     const std::vector<Reach> rows = reach(w.height, i, g.stride[0], g.padding[0], g.dilation[0]);
     for (int64_t j = 0; j < std::min(g.stride[1], dx.width); ++j) {
-      Samples samples{dy, {1, 1}, divide_up(dx.height - i, g.stride[0]), divide_up(dx.width - j, g.stride[1]), {}};
+      Samples samples{words_of(dy), {1, 1}, divide_up(dx.height - i, g.stride[0]), divide_up(dx.width - j, g.stride[1]),
+                      {}};
       for (const Reach& y : rows)
         for (const Reach& x : reach(w.width, j, g.stride[1], g.padding[1], g.dilation[1]))
           samples.taps.push_back({y.offset, x.offset, y.index * w.row + x.index * w.column});
-      const Results results{dx, {i, j}, g.stride, samples.height, samples.width};
+      const Results<T> results{dx, {i, j}, g.stride, samples.height, samples.width};
       if (samples.taps.empty()) {
         const std::vector<float> zeros(dx.channels);
         parallel_parts(samples.points(), torch::stable::get_num_threads(),
-                       [&](Range p) { scatter(gemm, zeros.data(), 0, p, results); });
+                       [&](Range p) { scatter<T>(gemm, zeros.data(), 0, p, results); });
         continue;
       }
       const PackedFilters filters(gemm, samples.taps, w.out, w.in, {w.data, w.out_distance, w.in_distance});
-      multiply(gemm, samples, filters, nullptr, results);
+      multiply<T>(gemm, samples, filters, nullptr, results);
     }
   }
 }
@@ -297,26 +388,37 @@ void add_tile(const float* from, int64_t copies, int64_t copy_distance, int64_t 
   }
 }
 
+// Pairs of rows as rows of words, the last one maybe with a row of zeros.
+void pair_all(const GemmPairKernels& gemm, int64_t rows, int64_t columns, const BFloat16* from, int64_t from_row,
+              float* to, int64_t to_row) {
+  const std::vector<BFloat16> zeros(rows % 2 * columns);
+  for (int64_t i = 0; i < rows; i += 2, from += 2 * from_row, to += to_row)
+    gemm.pair_rows(columns, from, i + 1 < rows ? from + from_row : zeros.data(), to);
+}
+
 }  // namespace
 
-void convolve_weight_gradient(const Images<const float>& x, const Images<const float>& dy, const Geometry& g,
+template <class T>
+void convolve_weight_gradient(const Images<const T>& x, const Images<const T>& dy, const Geometry& g,
                               const Weight<float>* dw, double* db) {
-  const GemmKernels gemm = gemm_kernels();
+  const Gemm<T> gemm = kernels_of<T>();
   const int64_t threads = torch::stable::get_num_threads(), out = dy.channels, points = dy.count * dy.height * dy.width;
 
-  if (db != nullptr) {
-    const int64_t parts = std::min(threads, points);
-    std::vector<double> sums(parts * out);
-    parallel(parts, [&](int64_t i) {
-      const Range own = part(points, i, parts);
-      gemm.add_rows(own.end - own.begin, out, dy.data + own.begin * dy.pixel, dy.pixel, &sums[i * out]);
-    });
-    for (int64_t i = 0; i < parts; ++i)
-      for (int64_t k = 0; k < out; ++k) db[k] += sums[i * out + k];
+  if constexpr (std::is_same_v<T, float>) {
+    if (db != nullptr) {
+      const int64_t parts = std::min(threads, points);
+      std::vector<double> sums(parts * out);
+      parallel(parts, [&](int64_t i) {
+        const Range own = part(points, i, parts);
+        gemm.add_rows(own.end - own.begin, out, dy.data + own.begin * dy.pixel, dy.pixel, &sums[i * out]);
+      });
+      for (int64_t i = 0; i < parts; ++i)
+        for (int64_t k = 0; k < out; ++k) db[k] += sums[i * out + k];
+    }
   }
   if (dw == nullptr) return;
 
-  const Samples samples{x, g.stride, dy.height, dy.width, all_taps(g, dw->height, dw->width, dw->row, dw->column)};
+  const Samples samples{words_of(x), g.stride, dy.height, dy.width, all_taps(g, dw->height, dw->width, dw->row, dw->column)};
   const int64_t taps = samples.taps.size(), channels = x.channels;
   const bool whole_panels = channels % gemm.lanes == 0;
   const bool read_in_place = in_place(samples) && whole_panels;
@@ -324,11 +426,12 @@ void convolve_weight_gradient(const Images<const float>& x, const Images<const f
   // Tiles of the gradient that stay in the L2 cache while all points pass by. Several threads to a tile have points of
   // their own, and sums of their own.
   const int64_t rows = std::min<int64_t>(out, 256), columns = std::max<int64_t>(kTile / rows, 64);
+  const int64_t most = kMostRows * kPerWord<T>;  // points to a block
   const int64_t out_tiles = divide_up(out, rows);
   const int64_t tap_tiles = divide_up(taps, std::max<int64_t>(columns / channels, 1));
   const int64_t channel_tiles = tap_tiles < taps ? 1 : divide_up(channels, columns);
   const int64_t tiles = out_tiles * tap_tiles * channel_tiles;
-  const int64_t parts = std::clamp<int64_t>(divide_up(threads, tiles), 1, divide_up(points, kMostRows));
+  const int64_t parts = std::clamp<int64_t>(divide_up(threads, tiles), 1, divide_up(points, most));
 
   const int64_t tile_out = divide_up(out, out_tiles), tile_taps = divide_up(taps, tap_tiles);
   const int64_t tile_channels = round_up(divide_up(channels, channel_tiles), gemm.lanes);
@@ -350,21 +453,35 @@ void convolve_weight_gradient(const Images<const float>& x, const Images<const f
     const Tile tile = tile_of(task / parts);
     if (tile.columns.channels.begin >= tile.columns.channels.end) return;
     const Range own = part(points, task % parts, parts);
-    const int64_t blocks = divide_up(own.end - own.begin, kMostRows), count = tile.columns.count();
-    const Scratch input(Scratch::kInput, read_in_place ? 0 : divide_up(own.end - own.begin, blocks) * row);
+    const int64_t blocks = divide_up(own.end - own.begin, most), count = tile.columns.count();
+    const int64_t block = divide_up(own.end - own.begin, blocks), block_row = row / kPerWord<T>;
+    const Scratch input(Scratch::kInput, read_in_place ? 0 : block * block_row);
     const Scratch output(Scratch::kOutput, parts > 1 || add_in_place ? 0 : size);
+    const Scratch pairs(Scratch::kFilters, kPerWord<T> == 1 ? 0 : divide_up(block, 2) * (row + tile_out));
     float* const sums = add_in_place ? dw->data + tile.out.begin * dw->out_distance + tile.columns.channels.begin
                         : parts > 1  ? memory.data() + task * size
                                      : output.data();
     const int64_t sums_row = add_in_place ? dw->out_distance : row;
     for_parts(own, blocks, [&](Range p) {
-      Panels b{input.data(), gemm.lanes, row};
+      const Range from{tile.columns.channels.begin / kPerWord<T>, tile.columns.channels.end / kPerWord<T>};
+      if (!read_in_place) gather(gemm, samples, p, {tile.columns.taps, from}, input.data(), block_row);
+      Panels b{input.data(), gemm.lanes, block_row};
       if (read_in_place)
-        b = {x.data + p.begin * x.pixel + tile.columns.channels.begin, gemm.lanes, x.pixel};
-      else
-        gather(gemm, samples, p, tile.columns, input.data(), row);
-      const Matrix a{dy.data + p.begin * dy.pixel + tile.out.begin, 1, dy.pixel};
-      gemm.multiply(tile.out.end - tile.out.begin, divide_up(count, gemm.lanes), p.end - p.begin, a, b, sums, sums_row,
+        b = {samples.images.data + p.begin * samples.images.pixel + from.begin, gemm.lanes, samples.images.pixel};
+      const T* const grads = dy.data + p.begin * dy.pixel + tile.out.begin;
+      const int64_t tile_rows = tile.out.end - tile.out.begin, depth = divide_up(p.end - p.begin, kPerWord<T>);
+      Matrix a{};
+      if constexpr (std::is_same_v<T, float>) {
+        a = {grads, 1, dy.pixel};
+      } else {
+        pair_all(gemm, p.end - p.begin, count, reinterpret_cast<const T*>(b.data), b.row * kPerWord<T>, pairs.data(),
+                 row);
+        b = {pairs.data(), gemm.lanes, row};
+        float* const grad_pairs = pairs.data() + depth * row;
+        pair_all(gemm, p.end - p.begin, tile_rows, grads, dy.pixel, grad_pairs, tile_out);
+        a = {grad_pairs, 1, tile_out};
+      }
+      gemm.multiply(tile_rows, divide_up(count, gemm.lanes), depth, a, b, sums, sums_row,
                     add_in_place || p.begin > own.begin);
     });
     if (parts == 1 && !add_in_place) add_tile(sums, 1, 0, row, tile.out, tile.columns, samples, *dw);
@@ -379,13 +496,24 @@ void convolve_weight_gradient(const Images<const float>& x, const Images<const f
     }
 }
 
+#define US3L_CONVOLVE(T)                                                                                                   \
+  template void convolve(const Images<const T>&, const Weight<const float>&, const float*, const Geometry&,                \
+                         const Images<T>&);                                                                                \
+  template void convolve_input_gradient(const Images<const T>&, const Weight<const float>&, const Geometry&,               \
+                                        const Images<T>&);                                                                 \
+  template void convolve_weight_gradient(const Images<const T>&, const Images<const T>&, const Geometry&,                  \
+                                         const Weight<float>*, double*);
+US3L_CONVOLVE(float)
+US3L_CONVOLVE(BFloat16)
+#undef US3L_CONVOLVE
+
 // ---------------------------------------------------------------------------------------------- operations
 
 namespace {
 
-template <class T, class Data>
-Images<T> images_of(Data* data, const Tensor& t) {
-  return {{data, t.size(1), t.stride(0), t.stride(2), t.stride(3)}, t.size(0), t.size(2), t.size(3)};
+template <class T>
+Images<const T> images_of(const Tensor& t) {
+  return {pixels<T>(t), t.size(0), t.size(2), t.size(3)};
 }
 
 template <class T>
@@ -431,6 +559,15 @@ int64_t active_groups(const char* op, const Tensor& x, const Tensor& weight, int
   return active;
 }
 
+// Images of bfloat16 are read as words.
+void check_pairs(const char* op, const Tensor& x, const Tensor& weight, int64_t out, int64_t groups) {
+  if (x.scalar_type() == ScalarType::Float) return;
+  STD_TORCH_CHECK(has_bfloat16_pairs(), op, ": x: bfloat16 needs AVX512-BF16, which this CPU does not have");
+  bool even = x.size(1) / groups % 2 == 0 && out / groups % 2 == 0;
+  for (int64_t d : {0, 2, 3}) even = even && x.stride(d) % 2 == 0;
+  STD_TORCH_CHECK(even, op, ": x: bfloat16 needs even channels of x, and of out_channels, in a group, and even strides");
+}
+
 int64_t output_size(int64_t size, int64_t kernel, const Geometry& g, int d) {
   return (size + 2 * g.padding[d] - g.dilation[d] * (kernel - 1) - 1) / g.stride[d] + 1;
 }
@@ -441,22 +578,27 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
               std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
               int64_t groups) {
   const char* op = "conv2d";
-  check_images(op, "x", x);
+  check_float_or_bfloat16_images(op, "x", x);
   STD_TORCH_CHECK(channels_innermost(x), op, ": x: expected channels innermost (channels_last)");
   const int64_t active = active_groups(op, x, weight, out_channels, groups);
+  check_pairs(op, x, weight, out_channels, active);
   const Geometry geometry = geometry_of(op, stride, padding, dilation);
   const std::vector<float> offset = bias_of(op, bias, out_channels);
   Tensor y = new_images(x, out_channels, output_size(x.size(2), weight.size(2), geometry, 0),
                         output_size(x.size(3), weight.size(3), geometry, 1));
   if (y.numel() == 0) return y;
-  const Images<const float> images = images_of<const float>(x.const_data_ptr<float>(), x);
-  const Images<float> result{dense_pixels(y), y.size(0), y.size(2), y.size(3)};
   const Weight<const float> filters =
       weight_of(weight.const_data_ptr<float>(), weight, out_channels, x.size(1) / active);
-  for (int64_t i = 0; i < active; ++i)
-    convolve(group(images, i, active), group(filters, i, active),
-             bias.has_value() ? offset.data() + i * (out_channels / active) : nullptr, geometry,
-             group(result, i, active));
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Images<const T> images = images_of<T>(x);
+    const Images<T> result{dense_pixels<T>(y), y.size(0), y.size(2), y.size(3)};
+    for (int64_t i = 0; i < active; ++i)
+      convolve(group(images, i, active), group(filters, i, active),
+               bias.has_value() ? offset.data() + i * (out_channels / active) : nullptr, geometry,
+               group(result, i, active));
+  };
+  x.scalar_type() == ScalarType::Float ? run(float{}) : run(BFloat16{});
   return y;
 }
 
@@ -464,40 +606,47 @@ Tensor conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight
                        std::optional<Tensor> grad_bias, bool need_grad_x, std::vector<int64_t> stride,
                        std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
   const char* op = "conv2d_backward";
-  check_images(op, "x", x);
-  check_images(op, "grad", grad);
+  check_float_or_bfloat16_images(op, "x", x);
+  check_float_or_bfloat16_images(op, "grad", grad);
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), op, ": grad: expected the dtype of x");
   STD_TORCH_CHECK(channels_innermost(x), op, ": x: expected channels innermost (channels_last)");
   const int64_t out = grad.size(1), active = active_groups(op, x, weight, out, groups), in = x.size(1) / active;
+  check_pairs(op, x, weight, out, active);
   const Geometry geometry = geometry_of(op, stride, padding, dilation);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || !grad_bias.has_value(), op,
+                  ": grad_bias: expected none with bfloat16");
   STD_TORCH_CHECK(grad.size(0) == x.size(0) && grad.size(2) == output_size(x.size(2), weight.size(2), geometry, 0) &&
                       grad.size(3) == output_size(x.size(3), weight.size(3), geometry, 1),
                   op, ": grad: expected the images of the output for x ", shape_of(x), ", got ", shape_of(grad));
   Tensor dx = need_grad_x ? new_images(x, x.size(1), x.size(2), x.size(3)) : torch::stable::new_empty(x, {0});
   if (x.numel() == 0 || grad.numel() == 0) return need_grad_x ? torch::stable::zero_(dx) : dx;
 
-  const bool as_it_lies = channels_innermost(grad) && is_matrix(images_of<const float>(grad.const_data_ptr<float>(), grad));
-  const Tensor dense = as_it_lies ? grad : torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
-  const Images<const float> images = images_of<const float>(x.const_data_ptr<float>(), x);
-  const Images<const float> dy = images_of<const float>(dense.const_data_ptr<float>(), dense);
-
-  if (need_grad_x) {
-    const Images<float> result{dense_pixels(dx), dx.size(0), dx.size(2), dx.size(3)};
-    const Weight<const float> filters = weight_of(weight.const_data_ptr<float>(), weight, out, in);
-    for (int64_t i = 0; i < active; ++i)
-      convolve_input_gradient(group(dy, i, active), group(filters, i, active), geometry, group(result, i, active));
-  }
   Weight<float> gradient{};
   if (grad_weight.has_value()) {
     active_groups(op, x, *grad_weight, out, groups);
     gradient = weight_of(grad_weight->mutable_data_ptr<float>(), *grad_weight, out, in);
   }
+  const Weight<const float> filters = weight_of(weight.const_data_ptr<float>(), weight, out, in);
   std::vector<double> sums(grad_bias.has_value() ? out : 0);
-  for (int64_t i = 0; i < active; ++i) {
-    const Weight<float> of_group = group(gradient, i, active);
-    convolve_weight_gradient(group(images, i, active), group(dy, i, active), geometry,
-                             grad_weight.has_value() ? &of_group : nullptr,
-                             grad_bias.has_value() ? &sums[i * (out / active)] : nullptr);
-  }
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const bool as_it_lies =
+        channels_innermost(grad) && is_matrix(images_of<T>(grad)) && grad.stride(3) % kPerWord<T> == 0;
+    const Tensor dense = as_it_lies ? grad : torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
+    const Images<const T> images = images_of<T>(x), dy = images_of<T>(dense);
+    if (need_grad_x) {
+      const Images<T> result{dense_pixels<T>(dx), dx.size(0), dx.size(2), dx.size(3)};
+      for (int64_t i = 0; i < active; ++i)
+        convolve_input_gradient(group(dy, i, active), group(filters, i, active), geometry, group(result, i, active));
+    }
+    for (int64_t i = 0; i < active; ++i) {
+      const Weight<float> of_group = group(gradient, i, active);
+      convolve_weight_gradient(group(images, i, active), group(dy, i, active), geometry,
+                               grad_weight.has_value() ? &of_group : nullptr,
+                               grad_bias.has_value() ? &sums[i * (out / active)] : nullptr);
+    }
+  };
+  x.scalar_type() == ScalarType::Float ? run(float{}) : run(BFloat16{});
   if (grad_bias.has_value()) {
     STD_TORCH_CHECK(grad_bias->dim() == 1 && grad_bias->scalar_type() == ScalarType::Float && grad_bias->size(0) >= out,
                     op, ": grad_bias: expected a float32 vector of at least ", out, " elements, got ",

@@ -1,4 +1,7 @@
-// Convolutions as matrix products, in float32: any kernel, stride, padding and dilation, one group.
+// Convolutions as matrix products: any kernel, stride, padding and dilation, one group.
+//
+// Images are float32, or bfloat16 on a CPU with products of its pairs (isa.h): then weights are rounded to bfloat16, and
+// sums are in float32. Of bfloat16 images all channels and distances are even.
 #pragma once
 
 #include <array>
@@ -25,15 +28,19 @@ struct Geometry {
 };
 
 // y = convolution of x + bias, for `w.out` channels of y; bias may be null.
-void convolve(const Images<const float>& x, const Weight<const float>& w, const float* bias, const Geometry& geometry,
-              const Images<float>& y);
+template <class T>
+void convolve(const Images<const T>& x, const Weight<const float>& w, const float* bias, const Geometry& geometry,
+              const Images<T>& y);
 
 // dx = the adjoint of dy.
-void convolve_input_gradient(const Images<const float>& dy, const Weight<const float>& w, const Geometry& geometry,
-                             const Images<float>& dx);
+template <class T>
+void convolve_input_gradient(const Images<const T>& dy, const Weight<const float>& w, const Geometry& geometry,
+                             const Images<T>& dx);
 
-// Adds to dw, and the sums of dy over all pixels to db [K] where that is not null. Pixels of dy are at one distance.
-void convolve_weight_gradient(const Images<const float>& x, const Images<const float>& dy, const Geometry& geometry,
+// Adds to dw, and the sums of dy over all pixels to db [K] where that is not null (of float32
+// only). Pixels of dy are at one distance.
+template <class T>
+void convolve_weight_gradient(const Images<const T>& x, const Images<const T>& dy, const Geometry& geometry,
                               const Weight<float>* dw, double* db);
 
 }  // namespace us3l

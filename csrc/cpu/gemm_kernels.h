@@ -1,9 +1,10 @@
-// Matrix products of float32, and the table that holds them per instruction set. No torch headers.
+// Matrix products of float32 and of bfloat16, and the tables that hold them per instruction set. No torch headers.
 #pragma once
 
 #include <cstdint>
 
 #include "isa.h"
+#include "rows.h"
 
 namespace us3l {
 
@@ -38,6 +39,20 @@ struct GemmKernels {
   void (*add_rows)(std::int64_t rows, std::int64_t columns, const float* a, std::int64_t row, double* sums);
 };
 
+// The same of bfloat16, summed in float32: what the matrices a and b consist of, and what is packed and copied, are words
+// of two neighbours in depth. A word goes by the type float, which nothing but `multiply` reads as a number.
+struct GemmPairKernels : GemmKernels {
+  // words(j) = first(j), second(j).
+  void (*pair_rows)(std::int64_t columns, const BFloat16* first, const BFloat16* second, float* words);
+
+  // The same of what is rounded to bfloat16.
+  void (*round_pairs)(std::int64_t columns, const float* first, const float* second, float* words);
+
+  // to(i, :) = from(i, :) in bfloat16.
+  void (*round_rows)(std::int64_t rows, std::int64_t columns, const float* from, std::int64_t from_row, BFloat16* to,
+                     std::int64_t to_row);
+};
+
 namespace portable {
 GemmKernels gemm_kernels();
 }
@@ -47,6 +62,9 @@ GemmKernels gemm_kernels();
 }
 namespace avx512 {
 GemmKernels gemm_kernels();
+}
+namespace avx512bf16 {
+GemmPairKernels gemm_pair_kernels();
 }
 #endif
 
@@ -61,6 +79,15 @@ inline GemmKernels gemm_kernels() {
     default:
       return portable::gemm_kernels();
   }
+}
+
+// Only where has_bfloat16_pairs() of isa.h.
+inline GemmPairKernels gemm_pair_kernels() {
+#if defined(__x86_64__)
+  return avx512bf16::gemm_pair_kernels();
+#else
+  return {};
+#endif
 }
 
 }  // namespace us3l

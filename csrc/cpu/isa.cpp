@@ -43,6 +43,14 @@ Isa isa() {
   return chosen;
 }
 
+bool has_bfloat16_pairs() {
+#if defined(__x86_64__)
+  return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 const char* isa_name(Isa isa) {
   return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
 }
@@ -52,7 +60,7 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
   __builtin_cpu_init();
 #define US3L_FEATURE(name) {name, __builtin_cpu_supports(name) != 0}
   return {US3L_FEATURE("avx2"),     US3L_FEATURE("fma"),      US3L_FEATURE("avx512f"),
-          US3L_FEATURE("avx512bw"), US3L_FEATURE("avx512dq"), US3L_FEATURE("avx512vl")};
+          US3L_FEATURE("avx512bw"), US3L_FEATURE("avx512dq"), US3L_FEATURE("avx512vl"), US3L_FEATURE("avx512bf16")};
 #undef US3L_FEATURE
 #else
   return {};

@@ -14,6 +14,9 @@ enum class Isa { portable, avx2, avx512 };
 Isa isa();
 const char* isa_name(Isa isa);
 
+// Whether the CPU has products of bfloat16 pairs (AVX512-BF16), and isa() is avx512.
+bool has_bfloat16_pairs();
+
 // What this CPU has of what the kernels use: name, present.
 std::vector<std::pair<std::string, bool>> cpu_features();
 

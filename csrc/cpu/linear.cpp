@@ -117,7 +117,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
   if (x.size(0) <= kFewRows)
     forward(rows_of(x), w, offset, result);
   else
-    convolve(rows_of(x).as_image(), w, offset, kPlain, result.as_image());
+    convolve<float>(rows_of(x).as_image(), w, offset, kPlain, result.as_image());
   return y;
 }
 
@@ -140,12 +140,12 @@ Tensor linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight
     if (x.size(0) <= kFewRows)
       input_gradient(rows_of(grad), w, dense_rows(dx));
     else
-      convolve_input_gradient(rows_of(grad).as_image(), w, kPlain, dense_rows(dx).as_image());
+      convolve_input_gradient<float>(rows_of(grad).as_image(), w, kPlain, dense_rows(dx).as_image());
   }
   Weight<float> dw{};
   if (grad_weight.has_value()) dw = weight_of(grad_weight->mutable_data_ptr<float>(), *grad_weight, out, in);
   std::vector<double> sums(db != nullptr ? out : 0);
-  convolve_weight_gradient(rows_of(x).as_image(), rows_of(grad).as_image(), kPlain,
+  convolve_weight_gradient<float>(rows_of(x).as_image(), rows_of(grad).as_image(), kPlain,
                            grad_weight.has_value() ? &dw : nullptr, db != nullptr ? sums.data() : nullptr);
   for (std::size_t k = 0; k < sums.size(); ++k) db[k] += static_cast<float>(sums[k]);
   return dx;

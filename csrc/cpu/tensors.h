@@ -96,6 +96,12 @@ inline void check_images(const char* op, const char* name, const Tensor& t) {
                   ": expected float32 [N, C, H, W], got ", shape_of(t));
 }
 
+inline void check_float_or_bfloat16_images(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(
+      t.dim() == 4 && (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16), op, ": ", name,
+      ": expected float32 or bfloat16 [N, C, H, W], got ", shape_of(t));
+}
+
 template <class T = float>
 Pixels<const T> pixels(const Tensor& t) {
   return {static_cast<const T*>(t.const_data_ptr()), t.size(1), t.stride(0), t.stride(2), t.stride(3)};

@@ -18,12 +18,6 @@ void check_filters(const char* op, const char* name, const Tensor& t, int64_t ou
 
 namespace {
 
-void check_winograd_images(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(
-      t.dim() == 4 && (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16), op, ": ", name,
-      ": expected float32 or bfloat16 [N, C, H, W], got ", shape_of(t));
-}
-
 // Memory for a Stack.
 struct StackMemory : Stack {
   StackMemory(Scratch::Slot slot, int64_t tiles, int64_t channels)
@@ -410,7 +404,7 @@ void run_backward(const WinogradPlan& plan, const Tensor& dy, const Tensor& x, c
 Tensor conv2d_3x3(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, int64_t out_channels,
                   std::optional<Tensor> filters) {
   const char* op = "conv2d_3x3";
-  check_winograd_images(op, "x", x);
+  check_float_or_bfloat16_images(op, "x", x);
   STD_TORCH_CHECK(channels_innermost(x), op, ": x: expected channels innermost (channels_last)");
   const std::vector<float> offset = bias_of(op, bias, out_channels);
   const WinogradPlan plan(x, out_channels);
@@ -425,8 +419,8 @@ Tensor conv2d_3x3(const Tensor& x, const Tensor& weight, std::optional<Tensor> b
 Tensor conv2d_3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                            std::optional<Tensor> grad_weight, bool need_grad_x, std::optional<Tensor> filters) {
   const char* op = "conv2d_3x3_backward";
-  check_winograd_images(op, "x", x);
-  check_winograd_images(op, "grad", grad);
+  check_float_or_bfloat16_images(op, "x", x);
+  check_float_or_bfloat16_images(op, "grad", grad);
   STD_TORCH_CHECK(channels_innermost(x), op, ": x: expected channels innermost (channels_last)");
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.size(0) == x.size(0) && grad.size(2) == x.size(2) &&
                       grad.size(3) == x.size(3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -49,13 +50,44 @@ def _algorithm(
     return "product"
 
 
+@functools.cache
+def _has_pairs() -> bool:
+    return _native.isa() == "avx512" and _native.cpu_features().get("avx512bf16", False)
+
+
+def _in_pairs(x: Tensor, weight: Tensor, out_channels: int, groups: int) -> bool:
+    """Whether the matrix product of a bfloat16 x [N, C, H, W] is one of pairs (AVX512-BF16), summed in float32."""
+    if not _has_pairs():
+        return False
+    active = 1 if groups == 1 else x.size(1) // weight.size(1)
+    channels = (x.size(1) // active, out_channels // active)
+    return all(n % 2 == 0 for n in (*channels, x.stride(0), x.stride(2), x.stride(3)))
+
+
 def _why_not_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry: Any) -> str | None:
-    if _algorithm(x, weight, **geometry) in ("product", "winograd_stride2"):
-        if x.dtype != torch.float32 or weight.dtype != torch.float32:
-            return f"it takes float32, x is {x.dtype} and the weight {weight.dtype}"
-    elif x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
+    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
         return f"it takes float32 and bfloat16 x with float32 filters, x is {x.dtype} and the weight {weight.dtype}"
     return _why_not_channels_last(x)
+
+
+def _why_slower_pairs(x: Tensor, weight: Tensor, out_channels: int, stride: Sequence[int], groups: int) -> str | None:
+    """Of a bfloat16 matrix product. The ratios are of forward, dx and dW together."""
+    if not _in_pairs(x, weight, out_channels, groups):
+        return "a bfloat16 product is fast with AVX512-BF16, even channels and even strides only, else it is float32's"
+    if groups > 1:
+        return "bfloat16 products of several groups were not measured"
+    points = x.size(0) * -(-x.size(2) // stride[0]) * -(-x.size(3) // stride[1])
+    if points < 256:
+        return f"bfloat16 products were measured with 256 pixels of the output and more, there are about {points}"
+    # A 1x1 convolution with stride pays earlier: ATen is slow at its gradient of x.
+    pointwise = weight.shape[2:] == (1, 1)
+    needed = (64 if max(stride) > 1 else 256) if pointwise else 128
+    if min(x.size(1), out_channels) < needed:
+        return (
+            f"a bfloat16 product of this geometry with fewer than {needed} channels ran at 0.9 to 1.0x ATen, there are "
+            f"{x.size(1)} to {out_channels}"
+        )
+    return None
 
 
 def _why_slower_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry: Any) -> str | None:
@@ -76,6 +108,8 @@ def _why_slower_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry:
                 "a matrix product with fewer than 16 channels in a group ran at 0.7 to 1.0x ATen, there are "
                 f"{channels // groups} to {out_channels // groups}"
             )
+        if x.dtype == torch.bfloat16:
+            return _why_slower_pairs(x, weight, out_channels, geometry["stride"], geometry["groups"])
     return None
 
 
@@ -179,8 +213,9 @@ class NativeBackend(Backend):
         elif algorithm == "winograd_stride2":
             y = native.conv2d_3x3_stride2(x, weight, bias, out_channels)
         else:
-            y = native.conv2d(x, weight, bias, out_channels, stride, padding, dilation, groups)
-        return y
+            wide = x.dtype == torch.bfloat16 and not _in_pairs(x, weight, out_channels, groups)
+            y = native.conv2d(x.float() if wide else x, weight, bias, out_channels, stride, padding, dilation, groups)
+        return y.to(x.dtype)
 
     def conv2d_backward(
         self,
@@ -196,7 +231,7 @@ class NativeBackend(Backend):
         groups: int,
     ) -> Tensor | None:
         algorithm = _algorithm(x, weight, stride, padding, dilation, groups)
-        if algorithm == "product":
+        if algorithm == "product" and x.dtype == torch.float32:
             dx = native.conv2d_backward(
                 grad, x, weight, grad_weight, grad_bias, need_grad_x, stride, padding, dilation, groups
             )
@@ -211,6 +246,12 @@ class NativeBackend(Backend):
             )
         elif algorithm == "winograd_stride2":
             dx = native.conv2d_3x3_stride2_backward(grad, x, weight, grad_weight, need_grad_x)
+        elif algorithm == "product":
+            if not _in_pairs(x, weight, grad.size(1), groups):
+                grad, x = grad.float(), x.float()
+            dx = native.conv2d_backward(
+                grad, x, weight, grad_weight, None, need_grad_x, stride, padding, dilation, groups
+            ).to(torch.bfloat16)
         else:
             filters = winograd_filters(weight, True) if need_grad_x else None
             dx = native.conv2d_3x3_backward(grad, x, weight, grad_weight, need_grad_x, filters)
