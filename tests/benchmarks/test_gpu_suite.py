@@ -81,17 +81,17 @@ def test_a_wrong_kernel_is_found(setup: Setup, monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_tile_of_a_kernel_is_tried_alone(setup: Setup) -> None:
     conv2d = pytest.importorskip("us3l_kernels.triton.conv2d", exc_type=ImportError)
-    for direction, tables in {"dW": conv2d.GRADIENT_TILES, "forward": conv2d.PRODUCT_TILES}.items():
-        shipped, seen = dict(tables), set()
+    for direction, listed in {"dW": conv2d.GRADIENT_TILES, "forward": conv2d.PRODUCT_TILES}.items():
+        shipped, seen = dict(listed), set()
 
-        def side(_: int, tables: Any = tables, seen: Any = seen) -> None:
-            (tile,) = tables["half"]
+        def side(_: int, listed: Any = listed, seen: Any = seen) -> None:
+            (tile,) = listed["half"]
             assert tile == conv2d.FEW_ROWS["half"] and tile.channels == 1 << 31
             seen.add(tile)
 
         times = gpu_sections.triton_tiles(setup, direction, side)
         assert len(times) == len(seen) >= 2 and all(isinstance(us, float) for us in times.values())
-        assert tables == shipped
+        assert listed == shipped
 
 
 def failing(setup: Setup) -> Iterator[Item]:
