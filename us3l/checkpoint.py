@@ -59,11 +59,11 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
         os.close(folder)
 
 
-def load(path: str | Path) -> Checkpoint:
-    """Read and check a file written by :func:`save`; tensors come on the CPU.
+def read(path: str | Path) -> Any:
+    """What :func:`save` wrote, whatever it is; tensors come on the CPU.
 
     Raises:
-        CheckpointError: no such file; a torn, corrupt or foreign one; or one of a newer format.
+        CheckpointError: no such file, or a torn, corrupt or foreign one.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,10 +74,19 @@ def load(path: str | Path) -> Checkpoint:
             broken = archive.testzip()
         if broken is not None:
             raise zipfile.BadZipFile(f"wrong checksum of {broken}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # broken bytes make the readers raise all kinds of exceptions
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"{path} is not a readable checkpoint (torn, corrupt or foreign). {reason}") from error
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read and check a run's checkpoint.
+
+    Raises:
+        CheckpointError: as :func:`read`; or it is of another format, or not whole.
+    """
+    checkpoint = read(path)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint of us3l: expected a dict with the key 'format'")
     if checkpoint["format"] != FORMAT:

@@ -50,6 +50,20 @@ class Format(str, Enum):
     onnx = "onnx"
 
 
+class Task(str, Enum):
+    """What a detector finds: boxes, or masks as well."""
+
+    detection = "detection"
+    segmentation = "segmentation"
+
+
+class Norm(str, Enum):
+    """What the norms of a detector's backbone do."""
+
+    sync = "sync"
+    frozen = "frozen"
+
+
 class Protocol(str, Enum):
     """How the linear classifier is trained."""
 
@@ -147,6 +161,180 @@ def evaluate(
 
 
 @app.command()
+def finetune(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    widths: Widths = "1.0,0.75,0.5,0.25",
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Semi-supervised: a share, e.g. 1%, equal of all classes; or a list.", metavar="SHARE|FILE"),
+    ] = None,
+    lr: Annotated[
+        str | None, typer.Option(help="Learning rate; several, separated by commas: each width takes its best.")
+    ] = None,
+    head_lr: Annotated[float | None, typer.Option(help="Learning rate of the classifier.", min=0)] = None,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the labelled share and the classifier.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of results and weights; default: finetune/NAME beside CKPT.")
+    ] = None,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot accuracy against MACs into this PNG.")] = None,
+) -> None:
+    """Fine-tune sub-networks, each on its own: on another data set (data.name=...), or on a share of the labels.
+
+    What was done is not done again: a run that was interrupted goes on.
+    """
+    from dataclasses import replace
+
+    from us3l import report
+    from us3l.evaluation import finetune as finetune_widths
+    from us3l.evaluation.finetune import protocol_for
+
+    wanted, rates = _parse_widths(widths), _parse_rates(lr)
+    checkpoint = _newest(checkpoint)
+    config, method, data = _open(checkpoint, overrides, wanted)
+    indices = None if labels is None else _labelled(labels, data, seed)
+    share = 1.0 if indices is None else len(indices) / len(data.train_labels)
+    protocol = protocol_for(config.data.name, None if labels is None else share)
+    given = {"lr": rates[0] if rates else None, "head_lr": head_lr, "batch_size": batch_size}
+    protocol = replace(protocol.of(epochs or protocol.epochs), **{k: v for k, v in given.items() if v is not None})
+    name = config.data.name + ("" if labels is None else f"-{len(indices)}-labels-seed-{seed}")
+    folder = checkpoint.parent / "finetune" / name if out is None else out
+    with console.status(name) as status:
+        rows = finetune_widths(
+            method.encoder_q,
+            data,
+            wanted,
+            protocol,
+            folder,
+            indices=indices,
+            learning_rates=rates,
+            seed=seed,
+            amp=config.train.amp,
+            subject={"data": _images_of(config)},
+            on_epoch=lambda width, rate, done, loss: status.update(
+                f"width {width}, learning rate {rate:g}: epoch {done}/{protocol.epochs}, loss {loss:.4f}"
+            ),
+        )
+    title = f"fine-tuned, {config.data.name}" + ("" if labels is None else f", {share:.2%} of the labels")
+    console.print(report.evaluation_table(rows, title=title))
+    console.print(f"Results and weights are in {folder}", soft_wrap=True)
+    if json is not None:
+        about = {"checkpoint": str(checkpoint), "data": config.data.name, "labels": share}
+        report.write_json(json, {**about, "rows": rows})
+    if plot is not None:
+        report.plot_accuracy({title: rows}, plot)
+        console.print(f"Plotted to {plot}")
+
+
+@app.command()
+def detect(
+    checkpoint: Checkpoint,
+    coco_root: Annotated[Path, typer.Option(help="Folder with train2017/, val2017/ and annotations/.")],
+    overrides: Overrides = None,
+    width: Annotated[
+        str, typer.Option(help="A width, or a plan: 0.5,layer3=0.25 is layer3 at 0.25 and the rest at 0.5.")
+    ] = "0.5",
+    task: Annotated[Task, typer.Option(help="Faster R-CNN, or Mask R-CNN.")] = Task.segmentation,
+    norm: Annotated[
+        Norm, typer.Option(help="Norms of the backbone: statistics of the batch, over all processes; or left alone.")
+    ] = Norm.sync,
+    iterations: Annotated[int, typer.Option(min=1, help="Default: the schedule called 1x.")] = 90_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per iteration, of all processes together.")] = 16,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default: 0.02 for 16 images, in proportion.")] = None,
+    min_size: Annotated[
+        str, typer.Option(help="Shorter side of images: one of these by chance in training, the last in tests.")
+    ] = "640,672,704,736,768,800",
+    max_size: Annotated[int, typer.Option(min=1, help="Bound of the longer side.")] = 1333,
+    train_split: Annotated[str, typer.Option(help="Of images; their annotations: instances_SPLIT.json.")] = "train2017",
+    test_split: Annotated[str, typer.Option(help="Likewise.")] = "val2017",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of state and results; default: detect/ beside CKPT.")] = None,
+) -> None:
+    """Fine-tune a detector on a sub-network, and give its COCO metrics. Under torchrun, on several devices.
+
+    A run that was stopped goes on from its last state, if it is started with the same options.
+    """
+    import torch
+
+    from us3l import report
+    from us3l.data import image_size, normalisation
+    from us3l.distributed import launched
+    from us3l.engine import resolve_device
+    from us3l.evaluation.detection import CocoImages, Detection, DetectionProtocol, detector
+    from us3l.evaluation.finetune import headless
+    from us3l.results import weights_checksum
+
+    wanted = _parse_width(width)
+    sizes = [int(part) if part.isdecimal() else 0 for part in min_size.split(",")]
+    if min(sizes) < 1 or max(sizes) > max_size:
+        raise ConfigError(f"--min-size: expected positive numbers up to --max-size={max_size}, got {min_size!r}")
+    checkpoint = _newest(checkpoint)
+    config, method = _restore(checkpoint, overrides, [wanted])
+    encoder = method.encoder_q
+    if not encoder.stages:
+        raise ConfigError(f"detect: a pyramid needs maps of several resolutions, and {config.model.name} has none")
+    channels = config.model.in_channels or 0
+    protocol = DetectionProtocol(
+        task=task.value,
+        norm=norm.value,
+        iterations=iterations,
+        batch_size=batch_size,
+        lr=0.02 * batch_size / 16 if lr is None else lr,
+        warmup=min(1000, iterations // 10),
+        min_size=tuple(sizes),
+        max_size=max_size,
+    )
+    folder = checkpoint.parent / "detect" / f"{task.value}-width-{width}" if out is None else out
+    with launched(resolve_device(config.train.device).type) as world:
+        device = resolve_device(config.train.device, world.local_rank)
+        masks = task is Task.segmentation
+        train = CocoImages(coco_root, train_split, channels=channels, masks=masks, seed=seed)
+        test = CocoImages(coco_root, test_split, channels=channels, masks=masks)
+        _calibrated(checkpoint, config, encoder, wanted)
+        size = image_size(config.data)
+        mean, std = normalisation(config.data.name, channels)
+        torch.manual_seed(seed)
+        model = detector(
+            headless(encoder, wanted, (channels, size, size)),
+            list(encoder.stages),
+            len(train.categories),
+            protocol,
+            mean=mean,
+            std=std,
+            synchronise=world.size > 1 and norm is Norm.sync,
+        )
+        with console.status("") as status:
+            run = Detection(
+                model.to(device),
+                train,
+                test,
+                protocol,
+                folder,
+                subject={"weights": weights_checksum(encoder), "width": width, "images": len(train)},
+                every_minutes=config.checkpoint.every_minutes,
+                amp=config.train.amp,
+                workers=config.data.workers,
+                seed=seed,
+                world=world,
+                on_step=lambda done, loss: status.update(f"iteration {done}/{iterations}, loss {loss:.4f}"),
+            )
+            try:
+                run.fit()
+            except KeyboardInterrupt:
+                raise typer.Exit(128 + signal.SIGINT) from None
+            status.update(f"evaluating {len(test)} images")
+            metrics = run.evaluate()
+        if world.is_main:
+            console.print(report.detection_table(metrics, title=f"{task.value}, {config.model.name}, width {width}"))
+            about = {"checkpoint": str(checkpoint), **run.subject}
+            report.write_json(folder / "results.json", {**about, "metrics": metrics})
+            console.print(f"Results and weights are in {folder}", soft_wrap=True)
+
+
+@app.command()
 def calibrate(checkpoint: Checkpoint, overrides: Overrides = None, widths: Widths = "1.0,0.75,0.5,0.25") -> None:
     """Take the batch-norm statistics of sub-networks on the training data, and store them in the checkpoint."""
     from us3l import checkpoint as checkpoints
@@ -189,11 +377,7 @@ def export(
     """
     from us3l import export as exports
     from us3l.data import image_size
-    from us3l.evaluation import calibrate as calibrate_width
-    from us3l.evaluation.calibration import has_statistics
     from us3l.report import quantity
-    from us3l_kernels.nn.calibration import statistics
-    from us3l_kernels.width import width_key
 
     wanted = _parse_width(width)
     checkpoint = _newest(checkpoint)
@@ -201,12 +385,9 @@ def export(
     size = image_size(config.data)
     name = f"{config.model.name}_{width}{exports.SUFFIXES[format.value]}"
     try:
-        encoder = method.encoder_q
-        if has_statistics(encoder) and width_key(wanted) not in statistics(encoder):
-            with console.status(f"calibrating width {width}"):
-                calibrate_width(encoder, _data(checkpoint, config).train_eval, wanted)
+        _calibrated(checkpoint, config, method.encoder_q, wanted)
         written = exports.export(
-            encoder,
+            method.encoder_q,
             wanted,
             checkpoint.parent / "export" / name if out is None else out,
             image_shape=(config.model.in_channels or 0, size, size),
@@ -309,7 +490,6 @@ def search(
 
     What was evaluated once is not evaluated again: a search that was interrupted goes on.
     """
-    from us3l import config as configs
     from us3l import report
     from us3l.evaluation import evaluate as evaluate_widths
     from us3l.search import Budget, Search, pareto_front
@@ -324,7 +504,7 @@ def search(
         checkpoint.parent / "search.jsonl" if results is None else results,
         min_width=config.sampler.min_width,
         widths=config.sampler.widths if switchable else None,
-        subject={"data": {k: v for k, v in configs.to_dict(config)["data"].items() if f"data.{k}" not in _SAME_IMAGES}},
+        subject={"data": _images_of(config)},
     )
     with console.status("") as status:
         rows = finder.run(
@@ -571,7 +751,14 @@ def _quantity(option: str, text: str | None) -> float | None:
 
 
 # Keys of the data that do not change what a network sees in calibration.
-_SAME_IMAGES = ("data.root", "data.workers", "data.batch_size")
+_SAME_IMAGES = ("data.root", "data.workers", "data.batch_size", "data.download")
+
+
+def _images_of(config: Config) -> dict[str, Any]:
+    """The keys of `data` that say which images there are."""
+    from us3l.config import to_dict
+
+    return {key: value for key, value in to_dict(config)["data"].items() if f"data.{key}" not in _SAME_IMAGES}
 
 
 def _newest(path: Path) -> Path:
@@ -642,9 +829,45 @@ def _data(path: Path, config: Config) -> Any:
     return data
 
 
+def _calibrated(path: Path, config: Config, encoder: Any, width: Width) -> None:
+    """Take the statistics of a width on the run's training images, unless the checkpoint has them."""
+    from us3l.evaluation import calibrate as calibrate_width
+    from us3l.evaluation.calibration import has_statistics
+    from us3l_kernels.nn.calibration import statistics
+    from us3l_kernels.width import width_key
+
+    if has_statistics(encoder) and width_key(width) not in statistics(encoder):
+        with console.status(f"calibrating width {_width_text(width)}"):
+            calibrate_width(encoder, _data(path, config).train_eval, width)
+
+
 def _protocol(protocol: Protocol, config: Config) -> SGDProtocol | None:
     from us3l.evaluation import CIFAR_PROTOCOL, IMAGENET_PROTOCOL
 
     published = {"cifar10": "cifar", "cifar100": "cifar", "image_folder": "imagenet"}
     name = published.get(config.data.name, "lbfgs") if protocol is Protocol.auto else protocol.value
     return {"lbfgs": None, "cifar": CIFAR_PROTOCOL, "imagenet": IMAGENET_PROTOCOL}[name]
+
+
+def _labelled(text: str, data: Any, seed: int) -> Any:
+    """Indices of the labelled images that --labels asks for."""
+    from us3l.evaluation.finetune import balanced_subset, listed_subset
+
+    if not text.endswith("%"):
+        return listed_subset(data.train_names, Path(text))
+    try:
+        return balanced_subset(data.train_labels, float(text[:-1]) / 100, seed)
+    except ValueError:
+        raise ConfigError(f"--labels: expected a share such as 1%, or a file, got {text!r}") from None
+
+
+def _parse_rates(text: str | None) -> list[float]:
+    if text is None:
+        return []
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise ConfigError(f"--lr: expected positive numbers separated by commas, got {text!r}")
+    return rates

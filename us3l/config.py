@@ -58,11 +58,20 @@ class ModelConfig:
     num_classes: int | None = _number(None, least=2)  # of supervised training; None: those of data.name
 
 
-CHANNELS = {"fashion_mini": 1, "fashion_mnist": 1, "cifar10": 3, "cifar100": 3, "image_folder": 3, "random": 3}
+CHANNELS = {
+    "fashion_mini": 1, "fashion_mnist": 1, "cifar10": 3, "cifar100": 3, "image_folder": 3, "random": 3,
+    "flowers102": 3, "oxford_pets": 3, "dtd": 3, "fgvc_aircraft": 3, "food101": 3,
+}  # fmt: skip
 """Channels of the images of every `data.name`."""
-SIZES = {"fashion_mini": 14, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32, "image_folder": 224, "random": 32}
+SIZES = {
+    "fashion_mini": 14, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32, "image_folder": 224, "random": 32,
+    "flowers102": 224, "oxford_pets": 224, "dtd": 224, "fgvc_aircraft": 224, "food101": 224,
+}  # fmt: skip
 """Side of the training views, where `data.size` is not given."""
-CLASSES = {"fashion_mini": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100, "random": 10}
+CLASSES = {
+    "fashion_mini": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100, "random": 10,
+    "flowers102": 102, "oxford_pets": 37, "dtd": 47, "fgvc_aircraft": 100, "food101": 101,
+}  # fmt: skip
 """Classes, where `data.name` says them."""
 
 
@@ -72,6 +81,7 @@ class DataConfig:
 
     name: str = _one_of(*CHANNELS)
     root: str | None = None  # folder of the data set; the embedded and random ones need none
+    download: bool = False  # let torchvision fetch what is missing in `root`
     size: int | None = _number(None, least=1)  # side of the training views, pixels; None: the data set's own
     batch_size: int = _number(128, least=2)  # images per step and process; each gives two views
     workers: int = _number(0, least=0)  # loader processes

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 import random
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,13 +27,14 @@ from us3l.methods import GUIDELINES, build_method
 from us3l.monitor import Monitor, WidthReading, say
 from us3l.sampling import largest_width, make_sampler
 from us3l.schedule import group_alpha, teacher_momentum
+from us3l.signals import catch_signals
 from us3l.step import TrainStep
 
 # Keys that may differ between a checkpoint's configuration and that of the run which goes on from it: they decide
 # where a run happens and what it reports, not what it computes (threads and device: see check_environment).
 NOT_COMPUTED = (
-    "checkpoint.", "data.root", "data.workers", "train.device", "train.threads", "train.log_every", "train.knn_every",
-    "train.graphs",
+    "checkpoint.", "data.root", "data.workers", "data.download", "train.device", "train.threads", "train.log_every",
+    "train.knn_every", "train.graphs",
 )  # fmt: skip
 
 
@@ -122,7 +120,7 @@ class Trainer:
         self.method.train()
         self._saved_at = time.monotonic()
         with ExitStack() as stack:
-            stopped_by = stack.enter_context(_catch_signals())
+            stopped_by = stack.enter_context(catch_signals())
             monitor = stack.enter_context(
                 Monitor(
                     self.console,
@@ -358,26 +356,3 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise ConfigError(f"train.device: cannot use {name!r}: {str(error).splitlines()[0]}") from None
     return torch.device("cuda", local_rank) if device.type == "cuda" and device.index is None else device
-
-
-@contextmanager
-def _catch_signals() -> Iterator[list[signal.Signals]]:
-    """SIGINT and SIGTERM are added to the list instead of breaking off a step; a second one acts at once."""
-    caught: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught  # Python delivers signals to the main thread alone
-        return
-    before: dict[signal.Signals, Any] = {}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        caught.append(signal.Signals(number))
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        before[each] = signal.signal(each, handle)
-    try:
-        yield caught
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

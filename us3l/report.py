@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]  # one sub-network: width, accuracy (%), macs, params, ... (us3l.evaluation.evaluate)
 
+_OTHER_COLUMNS = {"latency_ms": ("latency ms", ".3g"), "per_class": ("mean per class %", ".2f"), "lr": ("lr", "g")}
 _AXES = {"macs": "multiply-adds per image", "params": "parameters", "latency_ms": "milliseconds per image"}
 # Okabe & Ito's palette: distinguishable with every common form of colour blindness.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -62,14 +63,24 @@ def quantity(number: float) -> str:
 
 
 def evaluation_table(rows: Sequence[Row], *, title: str) -> Table:
-    """One line per sub-network, widest first, with its latency if it was measured."""
+    """One line per sub-network, in the order given, with what else was measured of all of them."""
     table = Table(title=title, title_justify="left")
-    timed = ("latency ms",) if any("latency_ms" in row for row in rows) else ()
-    for name in ("width", "accuracy %", "MACs", "params", *timed):
+    others = {key: form for key, form in _OTHER_COLUMNS.items() if rows and all(key in row for row in rows)}
+    for name in ("width", "accuracy %", "MACs", "params", *(name for name, _ in others.values())):
         table.add_column(name, justify="right")
     for row in rows:
         cells = [str(row["width"]), f"{row['accuracy']:.2f}", quantity(row["macs"]), quantity(row["params"])]
-        table.add_row(*cells, *(f"{row['latency_ms']:.3g}" for _ in timed))
+        table.add_row(*cells, *(f"{row[key]:{form}}" for key, (_, form) in others.items()))
+    return table
+
+
+def detection_table(metrics: Mapping[str, Mapping[str, float | None]], *, title: str) -> Table:
+    """One line per kind of COCO metrics, boxes or masks; a dash where there was nothing to find."""
+    table = Table(title=title, title_justify="left")
+    for name in ("", *next(iter(metrics.values()))):
+        table.add_column(name, justify="right")
+    for kind, values in metrics.items():
+        table.add_row(kind, *("-" if value is None else f"{value:.1f}" for value in values.values()))
     return table
 
 

@@ -12,11 +12,8 @@ follow from the seed, goes on where it was; one with another budget uses them to
 from __future__ import annotations
 
 import copy
-import json
-import os
 import random
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from us3l.errors import CheckpointError, ConfigError
+from us3l.errors import ConfigError
 from us3l.evaluation import calibrate, features, knn_accuracy
 from us3l.evaluation.calibration import has_statistics
 from us3l.evaluation.protocol import NEIGHBOURS
 from us3l.profile import profile
+from us3l.results import Results, Row, weights_checksum
 from us3l_kernels import standalone, use_width
 from us3l_kernels.nn import SlicedLinear, calibrating, load_statistics
 from us3l_kernels.width import SlicedOutput, Width, width_key
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
 HELD_OUT = 5  # every fifth training image is a query, the others are the bank
 PARENTS = 8
 
-Row = dict[str, Any]
 Genes = tuple[int, ...]  # the index of each group's width in the grid
 
 
@@ -61,48 +58,6 @@ class Budget:
     def bounds(self) -> dict[str, float]:
         """The bounds that there are, by the name of the cost."""
         return {name: value for name, value in vars(self).items() if value is not None}
-
-
-class Results:
-    """The lines of a results file: what is known of every width, and of which network and data.
-
-    subject: what all the results are of. A file that was written for another subject is refused.
-    """
-
-    def __init__(self, path: Path, subject: dict[str, Any]) -> None:
-        self.path = path
-        self.rows: dict[str, Row] = {}
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        if lines and not lines[-1].endswith("\n"):  # torn by a crash
-            lines.pop()
-            path.write_text("".join(lines), encoding="utf-8")
-        if not lines:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"subject": subject})
-            return
-        try:
-            header, *rows = [json.loads(line) for line in lines]
-            if header["subject"] != subject:
-                raise CheckpointError(
-                    f"{path} has results of another network or other images ({header['subject']}; here {subject}): "
-                    "choose another --results, or remove it"
-                )
-            for row in rows:
-                self.rows.setdefault(row["width"], {}).update(row)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not a results file of us3l search: {error!r}") from None
-
-    def add(self, width: str, values: Row) -> Row:
-        """Store `values` of a width, beside what is known of it; returns all of that."""
-        self.rows.setdefault(width, {}).update(width=width, **values)
-        self._append({"width": width, **values})
-        return self.rows[width]
-
-    def _append(self, line: Row) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 class Search:
@@ -138,7 +93,7 @@ class Search:
         self.shadow.fc = SlicedLinear(model.feature_dim, data.num_classes, slice_out=False)
         self.shadow.to("meta")
         self.costs: dict[str, Row] = {}
-        self.results = Results(Path(results), {"weights": _checksum(model), **(subject or {})})
+        self.results = Results(Path(results), {"weights": weights_checksum(model), **(subject or {})})
 
     def run(
         self, budget: Budget, *, evaluations: int = 64, seed: int = 0, on_row: Callable[[int, Row], None] | None = None
@@ -315,15 +270,6 @@ def _short_names(group: set[str], parts: dict[str, set[str]]) -> list[str]:
 
 def _changed(genes: Genes, index: int, step: int) -> Genes:
     return (*genes[:index], genes[index] + step, *genes[index + 1 :])
-
-
-def _checksum(model: nn.Module) -> int:
-    """Of the weights of a backbone without its head."""
-    checksum = 0
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("fc."):
-            checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
-    return checksum
 
 
 def latency_ms(model: Backbone, width: Width, image_shape: Sequence[int], *, rounds: int = 20) -> float:

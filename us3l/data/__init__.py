@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,14 +11,17 @@ import torch
 from us3l.config import SIZES
 from us3l.data import arrays
 from us3l.data.base import Data, EpochOrder, EvaluationLoader, Labelled, LinearLoader, TwoViewLoader
-from us3l.data.folder import find_images, folder_data, subset
+from us3l.data.folder import IMAGENET_MEAN, IMAGENET_STD, find_images, folder_data, subset
+from us3l.data.recognition import RECOGNITION, download, recognition_images
 from us3l.data.tensors import tensor_data
 from us3l.errors import DataError
 
 if TYPE_CHECKING:
     from us3l.config import DataConfig
 
-__all__ = ["Data", "EvaluationLoader", "Labelled", "LinearLoader", "TwoViewLoader", "image_size", "make_data"]
+__all__ = [
+    "Data", "EvaluationLoader", "Labelled", "LinearLoader", "TwoViewLoader", "image_size", "make_data", "normalisation"
+]  # fmt: skip
 
 _RANDOM_TRAIN, _RANDOM_TEST = 512, 256
 
@@ -39,8 +43,14 @@ def make_data(
         DataError: missing, damaged or too little data, or a size that the data set does not have.
     """
     device = torch.device(device)
-    if cfg.name == "image_folder":
-        train, test, num_classes = find_images(cfg.root)
+    if cfg.download:
+        if world_size > 1:
+            raise DataError("data.download: several processes would write the same files; download with one before")
+        download(cfg.name, cfg.root)
+    if cfg.name == "image_folder" or cfg.name in RECOGNITION:
+        train, test, num_classes = (
+            find_images(cfg.root) if cfg.name == "image_folder" else recognition_images(cfg.name, cfg.root)
+        )
         train = subset(train, cfg.train_samples, "data.train_samples")
         test = subset(test, cfg.test_samples, "data.test_samples")
         order = EpochOrder(len(train), cfg.batch_size, seed, rank, world_size)
@@ -62,7 +72,7 @@ def image_size(cfg: DataConfig) -> int:
     native = SIZES.get(cfg.name)
     if native is None:
         raise DataError(f"unknown data.name={cfg.name}: expected one of {', '.join(SIZES)}")
-    if cfg.name in ("random", "image_folder"):
+    if cfg.name in ("random", "image_folder", *RECOGNITION):
         return cfg.size or native
     size = cfg.size or native
     if cfg.name == "fashion_mini" and size not in (14, 28):
@@ -72,6 +82,17 @@ def image_size(cfg: DataConfig) -> int:
             f"data.size={size}: the images of {cfg.name} are {native}x{native}; give {native} or more"
         )
     return size
+
+
+def normalisation(name: str, channels: int) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation, per channel, that pixels in [0, 1] of the data set `name` are normalised by."""
+    if name == "image_folder" or name in RECOGNITION:
+        return IMAGENET_MEAN, IMAGENET_STD
+    in_memory = {
+        "cifar10": (arrays.CIFAR10_MEAN, arrays.CIFAR10_STD),
+        "cifar100": (arrays.CIFAR100_MEAN, arrays.CIFAR100_STD),
+    }
+    return in_memory.get(name, ([0.0] * channels, [1.0] * channels))
 
 
 def _read(cfg: DataConfig, size: int) -> arrays.ImageArrays:

@@ -40,6 +40,11 @@ class Split:
             raise DataError(f"{key}={n}, but the data set has {len(self.labels)} images there")
         return Split(self.images[:n], self.labels[:n])
 
+    def at(self, indices: npt.NDArray[np.int64]) -> Split:
+        """The images of these indices, copied."""
+        chosen = torch.from_numpy(indices).to(self.labels.device)
+        return Split(self.images[chosen], self.labels[chosen])
+
 
 @dataclass(frozen=True)
 class ImageArrays:
@@ -113,7 +118,7 @@ def read_fashion_folder(root: Path) -> list[UInt8Array]:
 def fashion_mnist(root: str | None) -> ImageArrays:
     """Fashion-MNIST in full, 28x28: 60,000 + 10,000 images from `root`."""
     return _fashion(
-        read_fashion_folder(_require_root(root, "fashion_mnist", "or use data.name=fashion_mini"))
+        read_fashion_folder(require_root(root, "fashion_mnist", "or use data.name=fashion_mini"))
     )
 
 
@@ -144,6 +149,9 @@ def _pooled(split: Split) -> Split:
 
 # ---------------------------------------------------------------- CIFAR
 
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
 
 def cifar10(root: str | None) -> ImageArrays:
     """CIFAR-10 (python version) from root/cifar-10-batches-py."""
@@ -154,8 +162,8 @@ def cifar10(root: str | None) -> ImageArrays:
         _read_cifar(folder / "test_batch", "labels", 10),
         num_classes=10,
         zoom=36 / 32,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
+        mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
     )
 
 
@@ -167,13 +175,13 @@ def cifar100(root: str | None) -> ImageArrays:
         _read_cifar(folder / "test", "fine_labels", 100),
         num_classes=100,
         zoom=36 / 32,
-        mean=(0.5071, 0.4867, 0.4408),
-        std=(0.2675, 0.2565, 0.2761),
+        mean=CIFAR100_MEAN,
+        std=CIFAR100_STD,
     )
 
 
 def _require_cifar(root: str | None, name: str, folder: str, archive: str) -> Path:
-    path = _require_root(root, name, f"which holds {folder}") / folder
+    path = require_root(root, name, f"which holds {folder}") / folder
     if not path.is_dir():
         raise DataError(
             f"{name} was looked for in {path}, which does not exist: unpack {archive} "
@@ -245,10 +253,12 @@ def _split(images: UInt8Array, labels: npt.NDArray[Any]) -> Split:
     return Split(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)))
 
 
-def _require_root(root: str | None, name: str, hint: str) -> Path:
+def require_root(root: str | None, name: str, hint: str) -> Path:
+    """`root` as a path; DataError, with the `hint` at what it should hold, if there is none."""
     if root is None:
         raise DataError(
-            f"data.name={name} needs data.root, the folder of the data set ({hint}); nothing is downloaded"
+            f"data.name={name} needs data.root, the folder of the data set ({hint}); nothing is downloaded without "
+            "data.download=true"
         )
     return Path(root)
 

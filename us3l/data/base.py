@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +52,25 @@ class LinearLoader(Protocol):
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some of the training images, with labels.
+
+    augmented: `augmented(epoch, batch_size)` yields each once, in random order, cropped and flipped.
+    plain: the same images without augmentation.
+    """
+
+    augmented: LinearLoader
+    plain: EvaluationLoader
+
+
+class Parts(Protocol):
+    """Makes the :class:`Part` of given training images."""
+
+    def __call__(self, indices: IndexArray, crop_scale: Sequence[float]) -> Part:
+        """`indices` [n] of training images, and the range of the areas of the random crops (fractions)."""
+
+
+@dataclass(frozen=True)
 class Data:
     """A data set, ready for pre-training and evaluation.
 
@@ -64,6 +83,9 @@ class Data:
             through the augmentation of the linear protocol; all of them in every process, the last batch may
             be smaller.
         num_classes, in_channels: of the labels, of the images.
+        train_labels: of the training images, int64 [n], in their order; on the CPU.
+        train_names: their file names, where they are files.
+        part: `part(indices, crop_scale)` are some of the training images, to fine-tune on.
         size: side of the square images, pixels.
     """
 
@@ -75,6 +97,9 @@ class Data:
     num_classes: int
     in_channels: int
     size: int
+    train_labels: Tensor
+    train_names: Sequence[str] | None
+    part: Parts
 
 
 class EpochOrder:

@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from us3l.data.augment import BRIGHTNESS, CONTRAST, GREY_PROBABILITY, HUE, JITTER_PROBABILITY, SATURATION
-from us3l.data.base import Data, EpochOrder, Labelled
+from us3l.data.base import Data, EpochOrder, Labelled, Part
 from us3l.data.seeding import IndexArray, Stream, keys, permutation
 from us3l.errors import DataError
 
@@ -223,6 +223,14 @@ def folder_data(
 ) -> Data:
     """The loaders of the given samples."""
     evaluation = evaluation_transform(size)
+
+    def part(indices: IndexArray, crop_scale: Sequence[float]) -> Part:
+        chosen = [train[index] for index in indices]
+        return Part(
+            FolderLinear(chosen, linear_transform(size, crop_scale), order.seed, workers, device),
+            FolderEvaluation(chosen, evaluation, workers, device),
+        )
+
     return Data(
         train=FolderTwoViews(train, order, view_transform(size, crop_scale), workers, device),
         labelled=FolderLabelled(train, order, linear_transform(size, crop_scale), workers, device),
@@ -232,6 +240,9 @@ def folder_data(
         num_classes=num_classes,
         in_channels=3,
         size=size,
+        train_labels=torch.tensor([label for _, label in train]),
+        train_names=[path for path, _ in train],
+        part=part,
     )
 
 

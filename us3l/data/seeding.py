@@ -29,6 +29,7 @@ class Stream(IntEnum):
     TRAIN_ORDER = 2
     LINEAR_VIEW = 3
     LINEAR_ORDER = 4
+    SUBSET = 5
 
 
 def _mix(z: UInt64Array) -> UInt64Array:

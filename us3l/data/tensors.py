@@ -10,7 +10,7 @@ from torch import Tensor
 
 from us3l.data import augment
 from us3l.data.arrays import ImageArrays, Split
-from us3l.data.base import Data, EpochOrder, Labelled
+from us3l.data.base import Data, EpochOrder, Labelled, Part
 from us3l.data.seeding import FloatArray, IndexArray, Stream, permutation, uniforms
 
 EVALUATION_BATCH = 500
@@ -74,15 +74,18 @@ class TensorLabelled:
 class TensorLinear:
     """Augmented and labelled batches of the linear protocol. A :class:`LinearLoader`."""
 
-    def __init__(self, split: Split, normalise: Normalise, size: int, seed: int) -> None:
+    def __init__(
+        self, split: Split, normalise: Normalise, size: int, seed: int, crop_scale: Sequence[float] = LINEAR_CROP
+    ) -> None:
         self.split, self.normalise, self.size, self.seed = split, normalise, size, seed
+        self.crop_scale = crop_scale
 
     def __call__(self, epoch: int, batch_size: int = 512) -> Iterator[Labelled]:
         order = permutation(self.seed, epoch, len(self.split.labels), Stream.LINEAR_ORDER)
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             u = uniforms(self.seed, epoch, indices, Stream.LINEAR_VIEW, len(augment.Draw))
-            images = _resized_crop(self.split.images, indices, u, LINEAR_CROP, self.size)
+            images = _resized_crop(self.split.images, indices, u, self.crop_scale, self.size)
             yield self.normalise(images), self.split.labels[torch.from_numpy(indices)]
 
 
@@ -115,6 +118,14 @@ def tensor_data(
     """The loaders of `arrays`, kept (as they are, usually uint8) and augmented on `device`."""
     train, test = (Split(s.images.to(device), s.labels.to(device)) for s in (arrays.train, arrays.test))
     normalise = Normalise(arrays, device)
+
+    def part(indices: IndexArray, crop_scale: Sequence[float]) -> Part:
+        chosen = train.at(indices)
+        return Part(
+            TensorLinear(chosen, normalise, size, order.seed, crop_scale),
+            TensorEvaluation(chosen, normalise, size, arrays.zoom),
+        )
+
     return Data(
         train=TensorTwoViews(train.images, order, normalise, size, crop_scale),
         labelled=TensorLabelled(train, order, normalise, size, crop_scale),
@@ -124,6 +135,9 @@ def tensor_data(
         num_classes=arrays.num_classes,
         in_channels=train.images.shape[1],
         size=size,
+        train_labels=arrays.train.labels,
+        train_names=None,
+        part=part,
     )
 
 

@@ -62,19 +62,20 @@ class SGDProtocol:
     epochs: int
     lr: float
     batch_size: int
-    milestones: tuple[int, ...] = ()  # epochs at which lr falls tenfold; none: cosine to 0, per epoch
+    milestones: tuple[int, ...] = ()  # epochs at which lr is multiplied by gamma; none: cosine to 0, per epoch
+    gamma: float = 0.1
     lars: bool = False  # layer-wise adaptive learning rates (You et al. 2017), in the form called LARC
     momentum: float = 0.9
     weight_decay: float = 0.0
 
     def learning_rate(self, epoch: int) -> float:
         if self.milestones:
-            return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
+            return self.lr * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
         return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
 
 
 CIFAR_PROTOCOL = SGDProtocol(epochs=100, lr=30.0, batch_size=512, milestones=(60, 80))
-IMAGENET_PROTOCOL = SGDProtocol(epochs=60, lr=0.8, batch_size=256, lars=True)
+IMAGENET_PROTOCOL = SGDProtocol(epochs=60, lr=0.8, batch_size=1024, lars=True)  # published: 4 GPUs x 256
 
 
 def linear_probe_sgd(

@@ -63,7 +63,7 @@ def evaluate(
             "probe: 'classifier' is for networks trained with labels; "
             f"the head of this one is a {type(model.fc).__name__}"
         )
-    costs = _costs(model, data, widths)
+    costs = classifier_costs(model, data, widths)
     rows: list[dict[str, Any]] = []
     for width, cost in zip(widths, costs, strict=True):
         if has_statistics(model) and width_key(width) not in statistics(model):
@@ -85,7 +85,7 @@ def evaluate(
     return rows
 
 
-def _costs(model: Backbone, data: Data, widths: Sequence[Width]) -> list[ProfileRow]:
+def classifier_costs(model: Backbone, data: Data, widths: Sequence[Width]) -> list[ProfileRow]:
     """Cost of the classifiers: the projector that a pre-trained model has as `fc` gives way to one layer."""
     classifier = copy.deepcopy(model)
     classifier.fc = SlicedLinear(model.feature_dim, data.num_classes, slice_out=False)
