@@ -172,7 +172,9 @@ def finetune(
     lr: Annotated[
         str | None, typer.Option(help="Learning rate; several, separated by commas: each width takes its best.")
     ] = None,
-    head_lr: Annotated[float | None, typer.Option(help="Learning rate of the classifier.", min=0)] = None,
+    head_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the classifier, beside the first --lr; it moves with it.", min=0)
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the labelled share and the classifier.")] = 0,
@@ -198,9 +200,13 @@ def finetune(
     indices = None if labels is None else _labelled(labels, data, seed)
     share = 1.0 if indices is None else len(indices) / len(data.train_labels)
     protocol = protocol_for(config.data.name, None if labels is None else share)
-    given = {"lr": rates[0] if rates else None, "head_lr": head_lr, "batch_size": batch_size}
-    protocol = replace(protocol.of(epochs or protocol.epochs), **{k: v for k, v in given.items() if v is not None})
-    name = config.data.name + ("" if labels is None else f"-{len(indices)}-labels-seed-{seed}")
+    protocol = replace(
+        protocol.of(epochs or protocol.epochs),
+        lr=rates[0] if rates else protocol.lr,
+        head_lr=protocol.head_lr if head_lr is None else head_lr,
+        batch_size=batch_size or protocol.batch_size,
+    )
+    name = config.data.name + ("" if indices is None else f"-{len(indices)}-labels-seed-{seed}")
     folder = checkpoint.parent / "finetune" / name if out is None else out
     with console.status(name) as status:
         rows = finetune_widths(
@@ -306,7 +312,7 @@ def detect(
             std=std,
             synchronise=world.size > 1 and norm is Norm.sync,
         )
-        with console.status("") as status:
+        with (console if world.is_main else Console(quiet=True)).status("") as status:
             run = Detection(
                 model.to(device),
                 train,

@@ -68,8 +68,8 @@ def test_help_needs_no_torch() -> None:
     program = "import sys; from us3l.cli import app; sys.exit('torch' in sys.modules or 'omegaconf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     output = run("--help")
-    commands = "pretrain evaluate finetune detect calibrate export import search profile tune doctor parity reproduce demo bench"
-    assert all(command in output for command in commands.split())
+    commands = "pretrain evaluate finetune detect calibrate export import search profile tune doctor parity reproduce"
+    assert all(command in output for command in [*commands.split(), "demo", "bench"])
 
 
 def test_pretrain_writes_what_it_says(trained: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -322,3 +324,18 @@ def test_errors_of_the_command(trained: Path, coco: Path, tmp_path: Path) -> Non
     command("pretrain", *vit, *few, f"checkpoint.dir={tmp_path}")
     with pytest.raises(ConfigError, match="vit_mini has none"):
         command("detect", tmp_path, "--coco-root", coco)
+
+
+@pytest.mark.slow
+def test_two_processes(trained: Path, coco: Path, tmp_path: Path) -> None:
+    small = ["--iterations", "2", "--batch-size", "2", "--min-size", "40", "--max-size", "64", "--task", "detection"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "us3l"]
+    options = ["detect", str(trained), "--coco-root", str(coco), *small, "--out", str(tmp_path)]
+    done = subprocess.run([*launch, *options, "--norm", "frozen"], capture_output=True, text=True, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("AP50") == 1
+    state = checkpoints.read(tmp_path / "last.pt")
+    assert state["iteration"] == 2 and len(state["rng"]) == 2 and state["subject"]["processes"] == 2
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["metrics"]["box"]["AP"] is not None
+    done = subprocess.run([*launch, *options], capture_output=True, text=True, cwd=Path.cwd())
+    assert done.returncode != 0 and "norm=sync" in done.stderr

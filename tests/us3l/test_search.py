@@ -122,9 +122,9 @@ def test_a_search_that_was_killed_goes_on_with_the_same_draws(
 def test_results_of_something_else_are_refused(model: Backbone, data: Data, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     Search(model, data, path, subject={"data": 1})
-    with pytest.raises(CheckpointError, match="results of another network or other images"):
+    with pytest.raises(CheckpointError, match=r"results of something else \(data: 1 there, 2 here\)"):
         Search(model, data, path, subject={"data": 2})
-    with pytest.raises(CheckpointError, match="another network"):
+    with pytest.raises(CheckpointError, match=r"something else \(weights: "):
         Search(build_model("resnet_tiny", stem="small", divisor=4), data, path, subject={"data": 1})
     path.write_text("[]\n")
     with pytest.raises(CheckpointError, match="is not a results file"):

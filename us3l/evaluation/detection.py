@@ -157,7 +157,7 @@ def _load(
 ) -> Iterator[tuple[list[Tensor], list[Target]]]:
     loader = DataLoader(
         images,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=_lists,
         generator=torch.Generator(),  # it draws a seed for its workers: not from the run's
@@ -305,6 +305,7 @@ class Detection:
         on_step: called with (iterations done, mean loss since the last call), every 20 iterations.
 
     Raises:
+        ConfigError: synchronised norms on several processes without GPUs.
         CheckpointError: `folder` holds the state of another run.
         DataError: the splits differ in their categories, or there are less images than a batch.
     """
@@ -325,6 +326,8 @@ class Detection:
         world: World = SINGLE,
         on_step: Callable[[int, float], None] | None = None,
     ) -> None:
+        if world.size > 1 and protocol.norm == "sync" and next(model.parameters()).device.type != "cuda":
+            raise ConfigError("norm=sync on several processes needs GPUs: use norm=frozen, or one process")
         if train.categories != test.categories:
             raise DataError(f"the splits have other categories: {train.categories} and {test.categories}")
         if len(train) < protocol.batch_size or protocol.batch_size % world.size:
@@ -354,7 +357,7 @@ class Detection:
         if not isinstance(saved, dict) or saved.get("subject") != self.subject:
             raise CheckpointError(f"{self.state} is the state of another run: choose another --out, or remove it")
         for name, part in self.parts.items():
-            part.load_state_dict(saved[name])  # type: ignore[attr-defined]
+            part.load_state_dict(saved[name])
         self.iteration = saved["iteration"]
         checkpoints.set_rng_state(saved["rng"][self.world.rank])
 
@@ -365,7 +368,7 @@ class Detection:
             rng = rng * self.world.size
             dist.all_gather_object(rng, checkpoints.rng_state())
         if self.world.is_main:
-            state = {name: part.state_dict() for name, part in self.parts.items()}  # type: ignore[attr-defined]
+            state = {name: part.state_dict() for name, part in self.parts.items()}
             about = {"subject": self.subject, "iteration": self.iteration, "rng": rng}
             checkpoints.save(self.state, {**about, **state})
         self.world.barrier()

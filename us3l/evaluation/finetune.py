@@ -151,7 +151,7 @@ def finetune(
         folder: for `results.jsonl` and the weights, `width-W.pt`.
         indices: of the training images with labels; None: all.
         learning_rates: several: the one that is best on held-out labelled images (a fifth of each class) replaces the
-            protocol's, for each width.
+            protocol's, for each width; the classifier's moves in proportion.
         seed: of the classifier's weights, and of the images that are held out.
         amp: "none", "bf16" or "fp16".
         subject: more of what the results depend on (of the data, say).
