@@ -173,7 +173,7 @@ def finetune(
         str | None, typer.Option(help="Learning rate; several, separated by commas: each width takes its best.")
     ] = None,
     head_lr: Annotated[
-        float | None, typer.Option(help="Learning rate of the classifier, beside the first --lr; it moves with it.", min=0)
+        float | None, typer.Option(help="Of the classifier, beside the first --lr; it moves with it.", min=0)
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
