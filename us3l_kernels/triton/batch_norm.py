@@ -1,0 +1,500 @@
+"""Batch norm in Triton, with residual, activation and statistics per view; forward and backward.
+
+x is read as rows of channels (channels_last, or a prefix slice of it), the rows of a view being contiguous. Programs
+take a block of channels and a chunk of rows. Whatever is summed over rows is summed in two stages, in an order that
+depends on the shapes alone: chunks into a workspace, then the chunks, of each channel.
+
+Bytes per element of x, which is what bounds the time (2 a value in half precision):
+
+- training, forward: x twice, y once: 6; with a residual 8. Evaluation: 4; with a residual 6.
+- backward: grad and x twice, dX once: 10. With a residual grad, x and y once, dResidual (grad where the activation
+  passes it) once written and once read, x again, dX: 14.
+
+All arithmetic is in float32. Variances are Welford's over the rows of a lane, Chan's over lanes and chunks, so that
+they survive a mean much larger than the deviation. The mask of an activation is computed from x if nothing was
+added to it, rounded as the forward rounded, and else from y.
+
+Sources: Ioffe and Szegedy, 2015; Welford, 1962; Chan, Golub and LeVeque, 1979.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from us3l_kernels.triton.reductions import (
+    CHUNKS,
+    STAGE2,
+    WARPS,
+    add_sums,
+    in_chunks,
+    load_partials,
+    load_vector,
+    partial_sums,
+)
+from us3l_kernels.triton.rows import as_rows, in_units, new_rows
+
+# ---------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _activate(y, ACTIVATION: tl.constexpr):
+    """NaN stays NaN, as in torch: it is less than nothing."""
+    if ACTIVATION is not None:
+        y = tl.where(y < 0.0, 0.0, y)
+    if ACTIVATION == "relu6":
+        y = tl.where(y > 6.0, 6.0, y)
+    return y
+
+
+@triton.jit
+def _passes(y, ACTIVATION: tl.constexpr):
+    """Where the activation passes the gradient, by its output or, which is the same, its input."""
+    passes = y > 0.0
+    if ACTIVATION == "relu6":
+        passes = passes & (y < 6.0)
+    return passes
+
+
+@triton.jit
+def _place(rows, rows_per_chunk, channels, BLOCK_C: tl.constexpr):
+    """The part of this program: (channels, which of them are active, view, chunk, its first row, its rows)."""
+    blocks = tl.cdiv(channels, BLOCK_C)  # fastest: neighbours read the same rows
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    chunk = tl.program_id(0) // blocks
+    view = tl.program_id(1)
+    first = chunk.to(tl.int64) * rows_per_chunk
+    count = tl.minimum(rows - first, rows_per_chunk).to(tl.int32)
+    return c, c < channels, view, chunk, view * rows.to(tl.int64) + first, count
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_chunk", "chunks", "c_units", "x_stride"])
+def moments_kernel(
+    x_ptr,
+    partials_ptr,  # [views, chunks, 2, channels]: mean and sum of squared deviations
+    rows,  # of a view
+    rows_per_chunk,
+    chunks,
+    c_units,  # channels in units of VECTOR, as is the stride
+    x_stride,
+    VECTOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channels = c_units * VECTOR
+    c, c_ok, view, chunk, first, count = _place(rows, rows_per_chunk, channels, BLOCK_C)
+    lane = tl.arange(0, BLOCK_ROWS)
+    stride = x_stride.to(tl.int64) * VECTOR
+    x_ptr += first * stride
+    offsets = lane[:, None] * stride + c[None, :]
+    mean = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    for i in range(0, count, BLOCK_ROWS):
+        ok = (lane < count - i)[:, None] & c_ok[None, :]
+        x = tl.load(x_ptr + i * stride + offsets, mask=ok, other=0.0).to(tl.float32)
+        delta = tl.where(ok, x - mean, 0.0)
+        mean += delta * (1.0 / (i // BLOCK_ROWS + 1))
+        m2 += delta * (x - mean)
+    terms = tl.maximum(tl.cdiv(count - lane, BLOCK_ROWS), 0).to(tl.float32)[:, None]  # of a lane
+    of_chunk = tl.sum(terms * mean, 0) / count
+    deviation = mean - of_chunk[None, :]
+    partials_ptr += (view * chunks + chunk).to(tl.int64) * 2 * channels
+    tl.store(partials_ptr + c, of_chunk, mask=c_ok)
+    tl.store(partials_ptr + channels + c, tl.sum(m2 + terms * deviation * deviation, 0), mask=c_ok)
+
+
+@triton.jit
+def _share(first, rows, rows_per_chunk, BLOCK_CHUNKS: tl.constexpr):
+    """The part of all rows that each of BLOCK_CHUNKS chunks has, as a column."""
+    chunk = (first + tl.arange(0, BLOCK_CHUNKS)).to(tl.int64)
+    return (tl.minimum(rows - chunk * rows_per_chunk, rows_per_chunk).to(tl.float32) / rows)[:, None]
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_chunk", "chunks", "views", "channels"])
+def statistics_kernel(
+    partials_ptr,  # [views, chunks, 2, channels]: mean and sum of squared deviations
+    mean_ptr,  # [views, channels]
+    rstd_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    rows,
+    rows_per_chunk,
+    chunks,
+    views,
+    channels,
+    momentum,
+    eps,
+    BLOCK_CHUNKS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_ok = c < channels
+    running_mean = load_vector(running_mean_ptr, c, channels, 0.0)
+    running_var = load_vector(running_var_ptr, c, channels, 0.0)
+    for view in range(0, views):
+        lanes = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
+        for i in range(0, chunks, BLOCK_CHUNKS):
+            of_chunk, _, _ = load_partials(partials_ptr, view, i, chunks, c, channels, BLOCK_CHUNKS)
+            lanes += _share(i, rows, rows_per_chunk, BLOCK_CHUNKS) * of_chunk
+        mean = tl.sum(lanes, 0)
+        lanes = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
+        for i in range(0, chunks, BLOCK_CHUNKS):
+            of_chunk, m2, ok = load_partials(partials_ptr, view, i, chunks, c, channels, BLOCK_CHUNKS)
+            deviation = tl.where(ok, of_chunk - mean[None, :], 0.0)
+            lanes += m2 / rows + _share(i, rows, rows_per_chunk, BLOCK_CHUNKS) * deviation * deviation
+        var = tl.sum(lanes, 0)
+        tl.store(mean_ptr + view * channels + c, mean, mask=c_ok)
+        tl.store(rstd_ptr + view * channels + c, 1.0 / tl.sqrt(var + eps), mask=c_ok)
+        running_mean += momentum * (mean - running_mean)
+        running_var += momentum * (var * (rows / (rows - 1.0)) - running_var)
+    if running_mean_ptr is not None:
+        tl.store(running_mean_ptr + c, running_mean.to(running_mean_ptr.dtype.element_ty), mask=c_ok)
+        tl.store(running_var_ptr + c, running_var.to(running_var_ptr.dtype.element_ty), mask=c_ok)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_chunk", "c_units", "x_stride", "residual_stride", "y_stride"])
+def normalise_kernel(
+    x_ptr,
+    residual_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,  # [views, channels]
+    rstd_ptr,
+    running_mean_ptr,  # given in evaluation, where mean and rstd are made of them
+    running_var_ptr,
+    rows,
+    rows_per_chunk,
+    c_units,
+    x_stride,
+    residual_stride,
+    y_stride,
+    eps,
+    ACTIVATION: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channels = c_units * VECTOR
+    c, c_ok, view, chunk, first, count = _place(rows, rows_per_chunk, channels, BLOCK_C)
+    if running_mean_ptr is not None:
+        mean = load_vector(running_mean_ptr, c, channels, 0.0)
+        rstd = 1.0 / tl.sqrt(load_vector(running_var_ptr, c, channels, 0.0) + eps)
+        if chunk == 0:
+            tl.store(mean_ptr + c, mean, mask=c_ok)
+            tl.store(rstd_ptr + c, rstd, mask=c_ok)
+    else:
+        mean = tl.load(mean_ptr + view * channels + c, mask=c_ok, other=0.0)
+        rstd = tl.load(rstd_ptr + view * channels + c, mask=c_ok, other=0.0)
+    scale = (rstd * load_vector(weight_ptr, c, channels, 1.0))[None, :]
+    bias = load_vector(bias_ptr, c, channels, 0.0)[None, :]
+    lane = tl.arange(0, BLOCK_ROWS)
+    for i in range(0, count, BLOCK_ROWS):
+        ok = (lane < count - i)[:, None] & c_ok[None, :]
+        row = (first + i + lane)[:, None]
+        x = tl.load(x_ptr + row * (x_stride * VECTOR) + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        y = (x - mean[None, :]) * scale + bias
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + row * (residual_stride * VECTOR) + c[None, :], mask=ok, other=0.0)
+            y += residual.to(tl.float32)
+        y = _activate(y, ACTIVATION).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + row * (y_stride * VECTOR) + c[None, :], y, mask=ok)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "rows_per_chunk",
+        "chunks",
+        "c_units",
+        "grad_stride",
+        "x_stride",
+        "y_stride",
+        "dresidual_stride",
+    ]
+)
+def sums_kernel(
+    grad_ptr,
+    x_ptr,
+    y_ptr,  # given if the mask is to come from it
+    dresidual_ptr,  # grad where the activation passes it, if asked for
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,  # [views, channels]
+    rstd_ptr,
+    partials_ptr,  # [views, chunks, 2, channels]: sums of g and of g * normalised x
+    rows,
+    rows_per_chunk,
+    chunks,
+    c_units,
+    grad_stride,
+    x_stride,
+    y_stride,
+    dresidual_stride,
+    ACTIVATION: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channels = c_units * VECTOR
+    c, c_ok, view, chunk, first, count = _place(rows, rows_per_chunk, channels, BLOCK_C)
+    mean = tl.load(mean_ptr + view * channels + c, mask=c_ok, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + view * channels + c, mask=c_ok, other=0.0)
+    scale = (rstd * load_vector(weight_ptr, c, channels, 1.0))[None, :]
+    bias = load_vector(bias_ptr, c, channels, 0.0)[None, :]
+    lane = tl.arange(0, BLOCK_ROWS)
+    sum_g = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    sum_gx = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    for i in range(0, count, BLOCK_ROWS):
+        ok = (lane < count - i)[:, None] & c_ok[None, :]
+        row = (first + i + lane)[:, None]
+        g = tl.load(grad_ptr + row * (grad_stride * VECTOR) + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * (x_stride * VECTOR) + c[None, :], mask=ok, other=0.0)
+        centred = x.to(tl.float32) - mean
+        if ACTIVATION is not None:
+            if y_ptr is not None:
+                y = tl.load(y_ptr + row * (y_stride * VECTOR) + c[None, :], mask=ok, other=0.0)
+            else:
+                y = (centred * scale + bias).to(x.dtype)
+            g = tl.where(_passes(y.to(tl.float32), ACTIVATION), g, 0.0)
+        if dresidual_ptr is not None:
+            dresidual = g.to(dresidual_ptr.dtype.element_ty)
+            tl.store(dresidual_ptr + row * (dresidual_stride * VECTOR) + c[None, :], dresidual, mask=ok)
+        sum_g += g
+        sum_gx += g * centred  # where g is masked it is 0
+    partials_ptr += (view * chunks + chunk).to(tl.int64) * 2 * channels
+    tl.store(partials_ptr + c, tl.sum(sum_g, 0), mask=c_ok)
+    tl.store(partials_ptr + channels + c, tl.sum(sum_gx, 0) * rstd, mask=c_ok)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "rows_per_chunk", "c_units", "grad_stride", "x_stride", "y_stride", "dx_stride"]
+)
+def dx_kernel(
+    grad_ptr,
+    x_ptr,
+    y_ptr,  # given if the mask is to come from it
+    dx_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,  # [views, channels]
+    rstd_ptr,
+    means_ptr,  # [views, 2, channels]: of g and of g * normalised x; not given in evaluation
+    rows,
+    rows_per_chunk,
+    c_units,
+    grad_stride,
+    x_stride,
+    y_stride,
+    dx_stride,
+    ACTIVATION: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channels = c_units * VECTOR
+    c, c_ok, view, chunk, first, count = _place(rows, rows_per_chunk, channels, BLOCK_C)
+    mean = tl.load(mean_ptr + view * channels + c, mask=c_ok, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + view * channels + c, mask=c_ok, other=0.0)[None, :]
+    scale = rstd * load_vector(weight_ptr, c, channels, 1.0)[None, :]
+    bias = load_vector(bias_ptr, c, channels, 0.0)[None, :]
+    if means_ptr is not None:
+        mean_g = tl.load(means_ptr + view * 2 * channels + c, mask=c_ok, other=0.0)[None, :]
+        mean_gx = tl.load(means_ptr + (view * 2 + 1) * channels + c, mask=c_ok, other=0.0)[None, :] * rstd
+    lane = tl.arange(0, BLOCK_ROWS)
+    for i in range(0, count, BLOCK_ROWS):
+        ok = (lane < count - i)[:, None] & c_ok[None, :]
+        row = (first + i + lane)[:, None]
+        g = tl.load(grad_ptr + row * (grad_stride * VECTOR) + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * (x_stride * VECTOR) + c[None, :], mask=ok, other=0.0)
+        centred = x.to(tl.float32) - mean
+        if ACTIVATION is not None:
+            if y_ptr is not None:
+                y = tl.load(y_ptr + row * (y_stride * VECTOR) + c[None, :], mask=ok, other=0.0)
+            else:
+                y = (centred * scale + bias).to(x.dtype)
+            g = tl.where(_passes(y.to(tl.float32), ACTIVATION), g, 0.0)
+        if means_ptr is not None:
+            g -= mean_g + centred * mean_gx
+        tl.store(dx_ptr + row * (dx_stride * VECTOR) + c[None, :], (g * scale).to(dx_ptr.dtype.element_ty), mask=ok)
+
+
+# ---------------------------------------------------------------------------------------------- launches
+
+BLOCKS_C = (16, 32, 64)
+"""Channels of a program: one that wastes the least, the largest of these."""
+
+ELEMENTS = 4096
+"""Of a tile that a program holds in registers."""
+
+TILES_A_PROGRAM = 4
+"""A program that reduces nothing takes this many tiles, so that reading its parameters does not count."""
+
+
+def _block_c(channels: int) -> int:
+    return min(BLOCKS_C, key=lambda block: (triton.cdiv(channels, block) * block, -block))
+
+
+def _reduction(rows: int, views: int, channels: int) -> tuple[dict[str, int], int, int]:
+    """(the tile, rows of a chunk, chunks of a view) where sums over rows are taken."""
+    block_c = _block_c(channels)
+    most = max(1, CHUNKS // (triton.cdiv(channels, block_c) * views))
+    tile = {"BLOCK_ROWS": ELEMENTS // block_c, "BLOCK_C": block_c}
+    return tile, *in_chunks(rows, tile["BLOCK_ROWS"], most)
+
+
+def _elementwise(rows: int, views: int, channels: int) -> tuple[dict[str, int], int, tuple[int, int]]:
+    """(the tile, rows of a chunk, the grid) where no sums are taken."""
+    block_c = _block_c(channels)
+    tile = {"BLOCK_ROWS": ELEMENTS // block_c, "BLOCK_C": block_c}
+    per_chunk = tile["BLOCK_ROWS"] * TILES_A_PROGRAM
+    return tile, per_chunk, (max(1, triton.cdiv(rows, per_chunk)) * triton.cdiv(channels, block_c), views)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    views: int,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `Backend.batch_norm`, for x that is rows of channels."""
+    channels = x.size(1)
+    rows = x.numel() // (channels * views)
+    y = new_rows(x)
+    residual = None if residual is None else as_rows(residual)
+    vector, units, (x_stride, residual_stride, y_stride) = in_units(channels, (x, residual, y))
+    mean = x.new_empty(views, channels, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if training:
+        tile, per_chunk, chunks = _reduction(rows, views, channels)
+        partials = partial_sums(chunks, channels, x, views)
+        grid = (chunks * triton.cdiv(channels, tile["BLOCK_C"]), views)
+        moments_kernel[grid](
+            x, partials, rows, per_chunk, chunks, units, x_stride, VECTOR=vector, **tile, num_warps=WARPS
+        )
+        statistics_kernel[(triton.cdiv(channels, STAGE2["BLOCK_C"]),)](
+            partials,
+            mean,
+            rstd,
+            running_mean,
+            running_var,
+            rows,
+            per_chunk,
+            chunks,
+            views,
+            channels,
+            momentum,
+            eps,
+            **STAGE2,
+            num_warps=WARPS,
+        )
+        running_mean = running_var = None
+    tile, per_chunk, grid = _elementwise(rows, views, channels)
+    normalise_kernel[grid](
+        x,
+        residual,
+        y,
+        weight,
+        bias,
+        mean,
+        rstd,
+        running_mean,
+        running_var,
+        rows,
+        per_chunk,
+        units,
+        x_stride,
+        residual_stride,
+        y_stride,
+        eps,
+        ACTIVATION=activation,
+        VECTOR=vector,
+        **tile,
+        num_warps=WARPS,
+    )
+    return y, mean, rstd
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+    training: bool,
+    activation: str | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `Backend.batch_norm_backward`, for x that is rows of channels; grad and y may have any strides."""
+    views, channels = mean.shape
+    rows = x.numel() // (channels * views)
+    grad = as_rows(grad)
+    masking = None if activation is None or bias is not None else as_rows(y)
+    dresidual = new_rows(x) if need_grad_residual else None
+    means = x.new_empty(views, 2, channels, dtype=torch.float32) if training and need_grad_x else None
+    if means is not None or grad_weight is not None or grad_bias is not None or dresidual is not None:
+        vector, units, strides = in_units(channels, (grad, x, masking, dresidual))
+        tile, per_chunk, chunks = _reduction(rows, views, channels)
+        partials = partial_sums(chunks, channels, x, views)
+        sums_kernel[(chunks * triton.cdiv(channels, tile["BLOCK_C"]), views)](
+            grad,
+            x,
+            masking,
+            dresidual,
+            weight,
+            bias,
+            mean,
+            rstd,
+            partials,
+            rows,
+            per_chunk,
+            chunks,
+            units,
+            *strides,
+            ACTIVATION=activation,
+            VECTOR=vector,
+            **tile,
+            num_warps=WARPS,
+        )
+        add_sums(partials, rows, grad_weight, grad_bias, means)
+    if not need_grad_x:
+        return None, dresidual
+    if dresidual is not None:  # already masked
+        grad, activation, masking = dresidual, None, None
+    dx = new_rows(x)
+    vector, units, strides = in_units(channels, (grad, x, masking, dx))
+    tile, per_chunk, grid = _elementwise(rows, views, channels)
+    dx_kernel[grid](
+        grad,
+        x,
+        masking,
+        dx,
+        weight,
+        bias,
+        mean,
+        rstd,
+        means,
+        rows,
+        per_chunk,
+        units,
+        *strides,
+        ACTIVATION=activation,
+        VECTOR=vector,
+        **tile,
+        num_warps=WARPS,
+    )
+    return dx, dresidual

@@ -1,0 +1,107 @@
+"""Sums over rows in two stages, in a fixed order: programs sum chunks of rows, then the chunks are summed.
+
+Of every channel there are two sums; those of a chunk are in a workspace, float32 [views, chunks, 2, channels].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def load_vector(pointer, c, channels, default):
+    """The active part of a parameter in float32; `default` everywhere if there is none."""
+    if pointer is None:
+        return tl.full(c.shape, default, tl.float32)
+    else:
+        return tl.load(pointer + c, mask=c < channels, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_partials(partials_ptr, view, first, chunks, c, channels, BLOCK_CHUNKS: tl.constexpr):
+    """Of BLOCK_CHUNKS chunks from the `first` on: both sums, zero past the last chunk, and which of them are there."""
+    chunk = first + tl.arange(0, BLOCK_CHUNKS)
+    ok = (chunk < chunks)[:, None] & (c < channels)[None, :]
+    offsets = (view * chunks + chunk).to(tl.int64)[:, None] * (2 * channels) + c[None, :]
+    sum0 = tl.load(partials_ptr + offsets, mask=ok, other=0.0)
+    sum1 = tl.load(partials_ptr + offsets + channels, mask=ok, other=0.0)
+    return sum0, sum1, ok
+
+
+@triton.jit(do_not_specialize=["rows", "chunks", "views", "channels"])
+def add_sums_kernel(
+    partials_ptr,  # [views, chunks, 2, channels]: sums of g and of g * normalised x
+    means_ptr,  # [views, 2, channels]: their means over the rows of a view, if asked for
+    grad_weight_ptr,  # full size: the sums over all views are added
+    grad_bias_ptr,
+    rows,
+    chunks,
+    views,
+    channels,
+    BLOCK_CHUNKS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_ok = c < channels
+    grad_weight = load_vector(grad_weight_ptr, c, channels, 0.0)
+    grad_bias = load_vector(grad_bias_ptr, c, channels, 0.0)
+    for view in range(0, views):
+        lanes_g = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
+        lanes_gx = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
+        for first in range(0, chunks, BLOCK_CHUNKS):
+            g, gx, _ = load_partials(partials_ptr, view, first, chunks, c, channels, BLOCK_CHUNKS)
+            lanes_g += g
+            lanes_gx += gx
+        sum_g = tl.sum(lanes_g, 0)
+        sum_gx = tl.sum(lanes_gx, 0)
+        grad_bias += sum_g
+        grad_weight += sum_gx
+        if means_ptr is not None:
+            tl.store(means_ptr + view * 2 * channels + c, sum_g / rows, mask=c_ok)
+            tl.store(means_ptr + (view * 2 + 1) * channels + c, sum_gx / rows, mask=c_ok)
+    if grad_weight_ptr is not None:
+        tl.store(grad_weight_ptr + c, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=c_ok)
+    if grad_bias_ptr is not None:
+        tl.store(grad_bias_ptr + c, grad_bias.to(grad_bias_ptr.dtype.element_ty), mask=c_ok)
+
+
+CHUNKS = 512
+"""At most this many programs take part in a first stage: about four for each multiprocessor of a large GPU."""
+
+STAGE2 = {"BLOCK_CHUNKS": 128, "BLOCK_C": 8}
+"""The tile of a second stage: few channels, so that it has many programs."""
+
+WARPS = 4
+
+
+def partial_sums(chunks: int, channels: int, like: Tensor, views: int = 1) -> Tensor:
+    """The workspace of a two-stage reduction: float32 [views, chunks, 2, channels]."""
+    return torch.empty(views, chunks, 2, channels, dtype=torch.float32, device=like.device)
+
+
+def in_chunks(rows: int, block: int, most: int) -> tuple[int, int]:
+    """(rows of a chunk, chunks): whole blocks, at most `most` chunks, at least one."""
+    per_chunk = block * max(1, -(-rows // (block * most)))
+    return per_chunk, max(1, -(-rows // per_chunk))
+
+
+def add_sums(
+    partials: Tensor, rows: int, grad_weight: Tensor | None, grad_bias: Tensor | None, means: Tensor | None = None
+) -> None:
+    """The second stage: adds sums of g and of g * normalised x to the gradients, and gives their means per view."""
+    views, chunks, _, channels = partials.shape
+    add_sums_kernel[(triton.cdiv(channels, STAGE2["BLOCK_C"]),)](
+        partials,
+        means,
+        grad_weight,
+        grad_bias,
+        rows,
+        chunks,
+        views,
+        channels,
+        **STAGE2,
+        num_warps=WARPS,
+    )
