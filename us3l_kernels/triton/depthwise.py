@@ -1,0 +1,389 @@
+"""Depthwise convolution in Triton: one filter per channel, any geometry; forward, dX and dW.
+
+x is read as rows of channels (channels_last, or a prefix slice of it), of the filters [C, 1, kh, kw] the first c.
+Sums are in float32, and in an order that depends on the shapes alone. Addresses are 64-bit; pixels are fewer than 2^31.
+
+The forward and dX are one kernel, which writes tiles of pixels. A pixel of y sees x at stride * pixel + dilation * tap
+- padding. The pixels of dX that are equal modulo the stride (a phase) see dY at their place plus something linear in
+every stride-th tap: each phase is a correlation with stride 1 and its own taps, and the phases are an axis of the grid.
+
+4 bytes an element are read and written in half precision, with stride 1, and as many by dW, which reads x and dY. What
+a pixel's neighbours have read comes from the L1 cache: kh * kw vectors of 16 bytes for each one written, which is what
+bounds 5x5 and larger filters on an H100 (29 TB/s from L1 against 3 TB/s from memory, where 3x3 is bounded).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from us3l_kernels.triton.reductions import CHUNKS, STAGE2, WARPS, in_chunks, load_vector
+from us3l_kernels.triton.rows import as_rows, in_units, new_rows
+
+# ---------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _phase(
+    size, phase, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr
+):
+    """One dimension of dX: (pixels of a phase, its first tap, where pixel 0 of the phase sees dY through that tap).
+
+    A phase that no tap reaches has KERNEL as its first tap.
+    """
+    first = KERNEL + 0 * phase
+    for i in tl.static_range(KERNEL):
+        tap = KERNEL - 1 - i
+        first = tl.where((phase + PADDING - tap * DILATION) % STRIDE == 0, tap, first)
+    return (size - phase + STRIDE - 1) // STRIDE, first, (phase + PADDING - first * DILATION) // STRIDE
+
+
+@triton.jit(
+    do_not_specialize=[
+        "images",
+        "a_h",
+        "a_w",
+        "y_h",
+        "y_w",
+        "tile_h",
+        "tile_w",
+        "c_units",
+        "a_stride",
+        "y_stride",
+    ]
+)
+def correlation_kernel(
+    a_ptr,  # pixels to gather: x, or dY
+    taps_ptr,  # [kh * kw, channels]
+    y_ptr,  # pixels to write: y, or dX
+    bias_ptr,
+    images,
+    a_h,
+    a_w,
+    y_h,
+    y_w,
+    tile_h,  # powers of two; the rest of BLOCK_PIXELS is images
+    tile_w,
+    c_units,  # channels in units of VECTOR, as are the strides
+    a_stride,
+    y_stride,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    STEP_H: tl.constexpr,  # from one tap of a phase to the next; 1 in the forward
+    STEP_W: tl.constexpr,
+    GRADIENT: tl.constexpr,  # dX from dY, else y from x
+    VECTOR: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channels = c_units * VECTOR
+    blocks_c = tl.cdiv(channels, BLOCK_C)
+    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_ok = c < channels
+    if GRADIENT:
+        phase_h = tl.program_id(1) // STRIDE_W
+        phase_w = tl.program_id(1) % STRIDE_W
+        rows_h, first_h, origin_h = _phase(y_h, phase_h, KH, STRIDE_H, PADDING_H, DILATION_H)
+        rows_w, first_w, origin_w = _phase(y_w, phase_w, KW, STRIDE_W, PADDING_W, DILATION_W)
+        MOVE_H: tl.constexpr = -(DILATION_H * STEP_H // STRIDE_H)
+        MOVE_W: tl.constexpr = -(DILATION_W * STEP_W // STRIDE_W)
+    else:
+        rows_h = y_h
+        rows_w = y_w
+        first_h = 0
+        first_w = 0
+        MOVE_H: tl.constexpr = DILATION_H
+        MOVE_W: tl.constexpr = DILATION_W
+
+    tiles_w = tl.cdiv(rows_w, tile_w)
+    tiles_h = tl.cdiv(rows_h, tile_h)
+    tile = tl.program_id(0) // blocks_c
+    pixel = tl.arange(0, BLOCK_PIXELS)
+    w = tile % tiles_w * tile_w + pixel % tile_w
+    h = tile // tiles_w % tiles_h * tile_h + pixel // tile_w % tile_h
+    image = tile // (tiles_w * tiles_h) * (BLOCK_PIXELS // (tile_h * tile_w)) + pixel // (tile_h * tile_w)
+    pixel_ok = (w < rows_w) & (h < rows_h) & (image < images)
+    if GRADIENT:
+        top = h + origin_h
+        left = w + origin_w
+        target = (image * y_h + h * STRIDE_H + phase_h).to(tl.int64) * y_w + w * STRIDE_W + phase_w
+    else:
+        top = h * STRIDE_H - PADDING_H
+        left = w * STRIDE_W - PADDING_W
+        target = (image * y_h + h).to(tl.int64) * y_w + w
+
+    stride = a_stride.to(tl.int64) * VECTOR
+    a_ptr += ((image * a_h + top).to(tl.int64) * a_w + left)[:, None] * stride + c[None, :]
+    acc = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
+    for i in range(0, (KH + STEP_H - 1) // STEP_H):
+        tap_h = first_h + i * STEP_H
+        row = top + i * MOVE_H
+        row_ok = pixel_ok & (row >= 0) & (row < tl.where(tap_h < KH, a_h, 0))  # some phases have a tap less
+        for j in tl.static_range((KW + STEP_W - 1) // STEP_W):
+            tap_w = first_w + j * STEP_W
+            column = left + j * MOVE_W
+            ok = row_ok & (column >= 0) & (column < tl.where(tap_w < KW, a_w, 0))
+            filters_ok = c < tl.where((tap_h < KH) & (tap_w < KW), channels, 0)
+            move = (i * MOVE_H * a_w + j * MOVE_W) * stride
+            a = tl.load(a_ptr + move, mask=ok[:, None] & c_ok[None, :], other=0.0).to(tl.float32)
+            filters = tl.load(taps_ptr + (tap_h * KW + tap_w) * channels + c, mask=filters_ok, other=0.0)
+            acc += a * filters.to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        acc += load_vector(bias_ptr, c, channels, 0.0)[None, :]
+    y_rows = y_ptr + target[:, None] * (y_stride.to(tl.int64) * VECTOR)
+    tl.store(y_rows + c[None, :], acc.to(y_ptr.dtype.element_ty), mask=pixel_ok[:, None] & c_ok[None, :])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "pixels",
+        "pixels_per_chunk",
+        "x_h",
+        "x_w",
+        "y_h",
+        "y_w",
+        "c_units",
+        "grad_stride",
+        "x_stride",
+    ]
+)
+def filter_sums_kernel(
+    grad_ptr,
+    x_ptr,
+    partials_ptr,  # [chunks, kh * kw, channels]: sums of grad * x over the pixels of y in a chunk
+    pixels,
+    pixels_per_chunk,
+    x_h,
+    x_w,
+    y_h,
+    y_w,
+    c_units,
+    grad_stride,
+    x_stride,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_TAPS: tl.constexpr,  # of one row of the filter, a power of two
+    BLOCK_C: tl.constexpr,
+):
+    channels = c_units * VECTOR
+    blocks_c = tl.cdiv(channels, BLOCK_C)
+    tap_h = tl.program_id(0) % KH  # fastest: the rows of a filter read the same pixels
+    c = tl.program_id(0) // KH % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    chunk = tl.program_id(0) // (KH * blocks_c)
+    c_ok = c < channels
+    tap_w = tl.arange(0, BLOCK_TAPS)
+    lane = tl.arange(0, BLOCK_PIXELS)
+    first = chunk * pixels_per_chunk
+    count = tl.minimum(pixels - first, pixels_per_chunk)
+    acc = tl.zeros((BLOCK_PIXELS, BLOCK_TAPS, BLOCK_C), tl.float32)
+    for i in range(0, count, BLOCK_PIXELS):
+        pixel = first + i + lane
+        pixel_ok = lane < count - i
+        grad = tl.load(
+            grad_ptr + (pixel.to(tl.int64) * (grad_stride.to(tl.int64) * VECTOR))[:, None, None] + c[None, None, :],
+            mask=pixel_ok[:, None, None] & c_ok[None, None, :],
+            other=0.0,
+        )
+        row = pixel // y_w % y_h * STRIDE_H - PADDING_H + tap_h * DILATION_H
+        column = (pixel % y_w * STRIDE_W - PADDING_W)[:, None] + (tap_w * DILATION_W)[None, :]
+        source = (pixel // (y_w * y_h) * x_h + row).to(tl.int64)[:, None] * x_w + column
+        inside = (pixel_ok & (row >= 0) & (row < x_h))[:, None] & (column >= 0) & (column < x_w) & (tap_w < KW)[None, :]
+        x = tl.load(
+            x_ptr + (source * (x_stride.to(tl.int64) * VECTOR))[:, :, None] + c[None, None, :],
+            mask=inside[:, :, None] & c_ok[None, None, :],
+            other=0.0,
+        )
+        acc += grad.to(tl.float32) * x.to(tl.float32)
+    taps = (chunk.to(tl.int64) * KH + tap_h) * KW + tap_w
+    ok = (tap_w < KW)[:, None] & c_ok[None, :]
+    tl.store(partials_ptr + taps[:, None] * channels + c[None, :], tl.sum(acc, 0), mask=ok)
+
+
+@triton.jit(do_not_specialize=["chunks", "taps", "channels", "filter_stride"])
+def add_filters_kernel(
+    partials_ptr,  # [chunks, taps, channels]
+    grad_weight_ptr,  # full size
+    chunks,
+    taps,
+    channels,
+    filter_stride,
+    BLOCK_CHUNKS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tap = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_ok = c < channels
+    lanes = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
+    for first in range(0, chunks, BLOCK_CHUNKS):
+        chunk = first + tl.arange(0, BLOCK_CHUNKS)
+        offsets = (chunk.to(tl.int64) * taps + tap)[:, None] * channels + c[None, :]
+        lanes += tl.load(partials_ptr + offsets, mask=(chunk < chunks)[:, None] & c_ok[None, :], other=0.0)
+    target = grad_weight_ptr + c.to(tl.int64) * filter_stride + tap
+    total = tl.load(target, mask=c_ok, other=0.0).to(tl.float32) + tl.sum(lanes, 0)
+    tl.store(target, total.to(grad_weight_ptr.dtype.element_ty), mask=c_ok)
+
+
+# ---------------------------------------------------------------------------------------------- launches
+
+BLOCK_C = 32
+"""Channels of a program. Few: the tiles of pixels are then large, and share more of what they read."""
+
+BLOCK_PIXELS = 128
+"""Pixels of a program of the forward and of dX: two images of 8 x 8, sixteen of 2 x 4, and so on."""
+
+TILE = 8
+"""The side of a tile within an image, where the image is that large."""
+
+DW_PIXELS = {1: 128, 2: 64, 4: 32, 8: 16, 16: 8}
+"""Pixels that a program of dW takes at a time, by BLOCK_TAPS: 32 sums a thread."""
+
+
+def _geometry(
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> dict[str, int]:
+    return {
+        "KH": weight.size(2),
+        "KW": weight.size(3),
+        "STRIDE_H": stride[0],
+        "STRIDE_W": stride[1],
+        "PADDING_H": padding[0],
+        "PADDING_W": padding[1],
+        "DILATION_H": dilation[0],
+        "DILATION_W": dilation[1],
+    }
+
+
+def _correlate(
+    a: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None, geometry: dict[str, int], gradient: bool
+) -> None:
+    """y from x, or dX from dY with the phases of dX as the second axis of the grid."""
+    images, channels, height, width = y.shape
+    phases_h = geometry["STRIDE_H"] if gradient else 1
+    phases_w = geometry["STRIDE_W"] if gradient else 1
+    steps = {
+        f"STEP_{d}": phases // math.gcd(phases, geometry[f"DILATION_{d}"])
+        for d, phases in (("H", phases_h), ("W", phases_w))
+    }
+    rows_h, rows_w = triton.cdiv(height, phases_h), triton.cdiv(width, phases_w)
+    tile_h, tile_w = (min(TILE, triton.next_power_of_2(rows)) for rows in (rows_h, rows_w))
+    tiles = (
+        triton.cdiv(images, BLOCK_PIXELS // (tile_h * tile_w))
+        * triton.cdiv(rows_h, tile_h)
+        * triton.cdiv(rows_w, tile_w)
+    )
+    vector, units, strides = in_units(channels, (a, y))
+    # Filters with channels innermost, so that a program reads a tap as a vector.
+    taps = weight[:channels].flatten(1).t().contiguous()
+    correlation_kernel[(tiles * triton.cdiv(channels, BLOCK_C), phases_h * phases_w)](
+        a,
+        taps,
+        y,
+        bias,
+        images,
+        *a.shape[2:],
+        height,
+        width,
+        tile_h,
+        tile_w,
+        units,
+        *strides,
+        **geometry,
+        **steps,
+        GRADIENT=gradient,
+        VECTOR=vector,
+        BLOCK_PIXELS=BLOCK_PIXELS,
+        BLOCK_C=BLOCK_C,
+        num_warps=WARPS,
+    )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """x [N, c, H, W], rows of channels; weight [C, 1, kh, kw] -> [N, c, H', W'], channels_last."""
+    geometry = _geometry(weight, stride, padding, dilation)
+    sizes = [
+        (x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(2 + d) - 1) - 1) // stride[d] + 1 for d in (0, 1)
+    ]
+    y = x.new_empty(x.size(0), *sizes, x.size(1)).movedim(-1, 1)
+    if y.numel():
+        _correlate(x, weight, y, bias, geometry, gradient=False)
+    return y
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    grad_weight: Tensor | None,
+    need_grad_x: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor | None:
+    """dX, if needed; dW is added into the prefix of `grad_weight`, if given. grad may have any strides."""
+    geometry = _geometry(weight, stride, padding, dilation)
+    dx = new_rows(x) if need_grad_x else None
+    if grad.numel() == 0:
+        return dx
+    grad = as_rows(grad)
+    if dx is not None:
+        _correlate(grad, weight, dx, None, geometry, gradient=True)
+    if grad_weight is not None:
+        _add_filter_gradients(grad, x, grad_weight, geometry)
+    return dx
+
+
+def _add_filter_gradients(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: dict[str, int]) -> None:
+    images, channels, height, width = grad.shape
+    pixels, rows, taps = images * height * width, geometry["KH"], geometry["KH"] * geometry["KW"]
+    block_taps = triton.next_power_of_2(geometry["KW"])
+    blocks_c = triton.cdiv(channels, BLOCK_C)
+    per_chunk, chunks = in_chunks(pixels, DW_PIXELS[block_taps], max(1, CHUNKS // (blocks_c * rows)))
+    partials = torch.empty(chunks, taps, channels, dtype=torch.float32, device=x.device)
+    vector, units, strides = in_units(channels, (grad, x))
+    filter_sums_kernel[(chunks * blocks_c * rows,)](
+        grad,
+        x,
+        partials,
+        pixels,
+        per_chunk,
+        *x.shape[2:],
+        height,
+        width,
+        units,
+        *strides,
+        **geometry,
+        VECTOR=vector,
+        BLOCK_PIXELS=DW_PIXELS[block_taps],
+        BLOCK_TAPS=block_taps,
+        BLOCK_C=BLOCK_C,
+        num_warps=WARPS,
+    )
+    add_filters_kernel[(triton.cdiv(channels, STAGE2["BLOCK_C"]), taps)](
+        partials, grad_weight, chunks, taps, channels, grad_weight.stride(0), **STAGE2, num_warps=WARPS
+    )
