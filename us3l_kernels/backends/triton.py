@@ -22,6 +22,7 @@ from us3l_kernels.layout import is_rows
 from us3l_kernels.packed import accumulate_, cast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_CHANNELS_OF_LAYER_NORM = 8192  # that a program can hold: 16 values a thread, of each tensor
 
 # Where `auto` takes a convolution without a measurement: kernel sizes, and the most channels (of x or y) that it pays
 # for. Not measured, but what benchmarks/roofline.py predicts: a step is faster as long as our kernels are slower than
@@ -34,8 +35,18 @@ def _why_not_dtypes(x: Tensor, weight: Tensor | None) -> str | None:
     if x.dtype not in DTYPES or (weight is not None and weight.dtype not in DTYPES):
         dtypes = f"x is {x.dtype}" + ("" if weight is None else f" and the weight {weight.dtype}")
         return f"it takes float32, bfloat16 and float16, {dtypes}"
+    return None
+
+
+def _why_not_product(x: Tensor) -> str | None:
     if triton.INTERPRETED and x.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly"
+        return "Triton's interpreter multiplies matrices of bfloat16 wrongly"
+    return None
+
+
+def _why_not_rows(x: Tensor, channels: int) -> str | None:
+    if not is_rows(x, channels):
+        return f"it takes rows of contiguous channels, x has shape {tuple(x.shape)} and strides {x.stride()}"
     return None
 
 
@@ -67,8 +78,6 @@ def _image(rows: Tensor, features: int) -> Tensor:
 
 class TritonBackend(Backend):
     name = "triton"
-    ops = ("conv2d", "linear")
-
     def unavailable(self) -> str | None:
         if triton.WHY_NOT_INSTALLED is not None:
             return triton.WHY_NOT_INSTALLED
@@ -86,7 +95,11 @@ class TritonBackend(Backend):
             reason = _why_not_conv2d(x, weight, **arguments)
         if reason is None and op == "linear":
             assert weight is not None
-            reason = _why_not_large(x, weight, x.numel() // max(x.size(-1), 1))
+            reason = _why_not_product(x) or _why_not_large(x, weight, x.numel() // max(x.size(-1), 1))
+        if reason is None and op == "batch_norm":
+            reason = _why_not_rows(x, 1)
+        if reason is None and op == "layer_norm":
+            reason = _why_not_layer_norm(x)
         return reason
 
     def why_slower(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
@@ -94,6 +107,10 @@ class TritonBackend(Backend):
             return "its kernels are interpreted"
         if op == "linear":
             return "cuBLAS reads a prefix of a weight where it lies, as this does"
+        if op == "layer_norm":
+            return "ATen's reads x once, as this does"
+        if op == "batch_norm":  # ATen's reads and writes once more for each view, residual and activation
+            return _why_slower_rows(x)
         assert weight is not None
         return _why_slower_conv2d(x, weight, **arguments)
 
@@ -108,9 +125,12 @@ class TritonBackend(Backend):
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor:
-        from us3l_kernels.triton import conv2d
+        from us3l_kernels.triton import conv2d, depthwise
 
         geometry = conv2d.Geometry.of(weight, stride, padding, dilation)
+        if _is_depthwise(weight, groups):
+            with torch.cuda.device_of(x):
+                return depthwise.conv2d(x, weight, bias, geometry)
         active = cast(weight, weight[:out_channels, : x.size(1)], x.dtype)
         return conv2d.conv2d(x, active, bias, out_channels, geometry, _convolution_precision(x))
 
@@ -127,11 +147,16 @@ class TritonBackend(Backend):
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor | None:
-        from us3l_kernels.triton import conv2d
+        from us3l_kernels.triton import conv2d, depthwise
 
         geometry, precision = conv2d.Geometry.of(weight, stride, padding, dilation), _convolution_precision(x)
         if grad_bias is not None:
             accumulate_(grad_bias[: grad.size(1)], grad.sum((0, 2, 3), dtype=torch.float32))
+        if _is_depthwise(weight, groups):
+            with torch.cuda.device_of(x):
+                if grad_weight is not None:
+                    depthwise.weight_gradient(grad, x, grad_weight, geometry)
+                return depthwise.input_gradient(grad, weight, x, geometry) if need_grad_x else None
         if grad_weight is not None:
             conv2d.weight_gradient(grad, x, grad_weight, geometry, precision)
         if not need_grad_x:
@@ -173,6 +198,77 @@ class TritonBackend(Backend):
         conv2d.input_gradient(grads, active, _image(dx, in_features), conv2d.POINT, precision)
         return dx
 
+    def batch_norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        residual: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        views: int,
+        activation: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from us3l_kernels.triton import batch_norm
+
+        statistics = (running_mean, running_var)
+        with torch.cuda.device_of(x):
+            return batch_norm.forward(
+                x, weight, bias, *statistics, residual, training, momentum, eps, views, activation
+            )
+
+    def batch_norm_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        need_grad_x: bool,
+        need_grad_residual: bool,
+        training: bool,
+        views: int,
+        activation: str | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        from us3l_kernels.triton import batch_norm
+
+        gradients, needs = (grad_weight, grad_bias), (need_grad_x, need_grad_residual)
+        with torch.cuda.device_of(x):
+            return batch_norm.backward(
+                grad, x, y, weight, bias, mean, rstd, *gradients, *needs, training, activation
+            )
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from us3l_kernels.triton import layer_norm
+
+        with torch.cuda.device_of(x):
+            return layer_norm.forward(x, weight, bias, eps)
+
+    def layer_norm_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+        need_grad_x: bool,
+    ) -> Tensor | None:
+        from us3l_kernels.triton import layer_norm
+
+        with torch.cuda.device_of(x):
+            return layer_norm.backward(grad, x, weight, mean, rstd, grad_weight, grad_bias, need_grad_x)
+
 
 def _why_not_conv2d(
     x: Tensor,
@@ -183,12 +279,18 @@ def _why_not_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> str | None:
-    if groups != 1:
-        return f"it takes convolutions with one group, there are {groups}"
+    depthwise = _is_depthwise(weight, groups)
+    if groups != 1 and not depthwise:
+        return f"it takes convolutions with one group or one filter per channel, there are {groups} groups"
     size = [
         (x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(2 + d) - 1) - 1) // stride[d] + 1 for d in (0, 1)
     ]
-    return _why_not_large(x, weight, x.size(0) * max(x.size(2) * x.size(3), math.prod(size)))
+    reason = None if depthwise else _why_not_product(x)
+    return reason or _why_not_large(x, weight, x.size(0) * max(x.size(2) * x.size(3), math.prod(size)))
+
+
+def _is_depthwise(weight: Tensor, groups: int) -> bool:
+    return groups > 1 and weight.size(1) == 1 and weight.size(0) == groups
 
 
 def _why_slower_conv2d(
@@ -200,6 +302,8 @@ def _why_slower_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> str | None:
+    if _is_depthwise(weight, groups):
+        return _why_slower_rows(x)
     kernel, channels, most = (weight.size(2), weight.size(3)), (x.size(1), out_channels), max(x.size(1), out_channels)
     if x.dtype == torch.float32:
         return "its tiles are for half precision, x is float32"
@@ -213,3 +317,17 @@ def _why_slower_conv2d(
     if most > PREDICTED_FASTER[kernel]:
         return f"it is predicted to be faster than cuDNN up to {PREDICTED_FASTER[kernel]} channels, there are {most}"
     return None
+
+
+def _why_slower_rows(x: Tensor) -> str | None:
+    if not is_rows(x, 1):
+        return "x would be copied to channels_last"
+    if x.size(1) % 8:
+        return f"it reads single elements unless channels are multiples of 8, there are {x.size(1)}"
+    return None
+
+
+def _why_not_layer_norm(x: Tensor) -> str | None:
+    if x.size(-1) > MOST_CHANNELS_OF_LAYER_NORM:
+        return f"it takes at most {MOST_CHANNELS_OF_LAYER_NORM} channels, x has {x.size(-1)}"
+    return _why_not_rows(x, x.dim() - 1)

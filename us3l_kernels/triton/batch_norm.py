@@ -19,11 +19,15 @@ Sources: Ioffe and Szegedy, 2015; Welford, 1962; Chan, Golub and LeVeque, 1979.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from us3l_kernels.triton import Binary
 from us3l_kernels.triton.reductions import (
     CHUNKS,
     STAGE2,
@@ -112,7 +116,7 @@ def _share(first, rows, rows_per_chunk, BLOCK_CHUNKS: tl.constexpr):
     return (tl.minimum(rows - chunk * rows_per_chunk, rows_per_chunk).to(tl.float32) / rows)[:, None]
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_chunk", "chunks", "views", "channels"])
+@triton.jit(do_not_specialize=["rows", "rows_per_chunk", "chunks", "views", "channels", "momentum", "eps"])
 def statistics_kernel(
     partials_ptr,  # [views, chunks, 2, channels]: mean and sum of squared deviations
     mean_ptr,  # [views, channels]
@@ -154,7 +158,7 @@ def statistics_kernel(
         tl.store(running_var_ptr + c, running_var.to(running_var_ptr.dtype.element_ty), mask=c_ok)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_chunk", "c_units", "x_stride", "residual_stride", "y_stride"])
+@triton.jit(do_not_specialize=["rows", "rows_per_chunk", "c_units", "x_stride", "residual_stride", "y_stride", "eps"])
 def normalise_kernel(
     x_ptr,
     residual_ptr,
@@ -326,8 +330,8 @@ def dx_kernel(
 BLOCKS_C = (16, 32, 64)
 """Channels of a program: one that wastes the least, the largest of these."""
 
-ELEMENTS = 4096
-"""Of a tile that a program holds in registers."""
+ELEMENTS = {8: 4096, 1: 2048}
+"""Of a tile that a program holds in registers, by VECTOR: one element at a time takes more addresses."""
 
 TILES_A_PROGRAM = 4
 """A program that reduces nothing takes this many tiles, so that reading its parameters does not count."""
@@ -337,20 +341,22 @@ def _block_c(channels: int) -> int:
     return min(BLOCKS_C, key=lambda block: (triton.cdiv(channels, block) * block, -block))
 
 
-def _reduction(rows: int, views: int, channels: int) -> tuple[dict[str, int], int, int]:
+def _tile(block_c: int, vector: int) -> dict[str, int]:
+    return {"VECTOR": vector, "BLOCK_ROWS": ELEMENTS[vector] // block_c, "BLOCK_C": block_c}
+
+
+def _reduction(rows: int, views: int, channels: int, vector: int) -> tuple[dict[str, int], int, int]:
     """(the tile, rows of a chunk, chunks of a view) where sums over rows are taken."""
-    block_c = _block_c(channels)
-    most = max(1, CHUNKS // (triton.cdiv(channels, block_c) * views))
-    tile = {"BLOCK_ROWS": ELEMENTS // block_c, "BLOCK_C": block_c}
+    tile = _tile(_block_c(channels), vector)
+    most = max(1, CHUNKS // (triton.cdiv(channels, tile["BLOCK_C"]) * views))
     return tile, *in_chunks(rows, tile["BLOCK_ROWS"], most)
 
 
-def _elementwise(rows: int, views: int, channels: int) -> tuple[dict[str, int], int, tuple[int, int]]:
+def _elementwise(rows: int, views: int, channels: int, vector: int) -> tuple[dict[str, int], int, tuple[int, int]]:
     """(the tile, rows of a chunk, the grid) where no sums are taken."""
-    block_c = _block_c(channels)
-    tile = {"BLOCK_ROWS": ELEMENTS // block_c, "BLOCK_C": block_c}
+    tile = _tile(_block_c(channels), vector)
     per_chunk = tile["BLOCK_ROWS"] * TILES_A_PROGRAM
-    return tile, per_chunk, (max(1, triton.cdiv(rows, per_chunk)) * triton.cdiv(channels, block_c), views)
+    return tile, per_chunk, (max(1, triton.cdiv(rows, per_chunk)) * triton.cdiv(channels, tile["BLOCK_C"]), views)
 
 
 def forward(
@@ -375,11 +381,11 @@ def forward(
     mean = x.new_empty(views, channels, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if training:
-        tile, per_chunk, chunks = _reduction(rows, views, channels)
+        tile, per_chunk, chunks = _reduction(rows, views, channels, vector)
         partials = partial_sums(chunks, channels, x, views)
         grid = (chunks * triton.cdiv(channels, tile["BLOCK_C"]), views)
         moments_kernel[grid](
-            x, partials, rows, per_chunk, chunks, units, x_stride, VECTOR=vector, **tile, num_warps=WARPS
+            x, partials, rows, per_chunk, chunks, units, x_stride, **tile, num_warps=WARPS
         )
         statistics_kernel[(triton.cdiv(channels, STAGE2["BLOCK_C"]),)](
             partials,
@@ -398,7 +404,7 @@ def forward(
             num_warps=WARPS,
         )
         running_mean = running_var = None
-    tile, per_chunk, grid = _elementwise(rows, views, channels)
+    tile, per_chunk, grid = _elementwise(rows, views, channels, vector)
     normalise_kernel[grid](
         x,
         residual,
@@ -417,7 +423,6 @@ def forward(
         y_stride,
         eps,
         ACTIVATION=activation,
-        VECTOR=vector,
         **tile,
         num_warps=WARPS,
     )
@@ -448,7 +453,7 @@ def backward(
     means = x.new_empty(views, 2, channels, dtype=torch.float32) if training and need_grad_x else None
     if means is not None or grad_weight is not None or grad_bias is not None or dresidual is not None:
         vector, units, strides = in_units(channels, (grad, x, masking, dresidual))
-        tile, per_chunk, chunks = _reduction(rows, views, channels)
+        tile, per_chunk, chunks = _reduction(rows, views, channels, vector)
         partials = partial_sums(chunks, channels, x, views)
         sums_kernel[(chunks * triton.cdiv(channels, tile["BLOCK_C"]), views)](
             grad,
@@ -466,7 +471,6 @@ def backward(
             units,
             *strides,
             ACTIVATION=activation,
-            VECTOR=vector,
             **tile,
             num_warps=WARPS,
         )
@@ -477,7 +481,7 @@ def backward(
         grad, activation, masking = dresidual, None, None
     dx = new_rows(x)
     vector, units, strides = in_units(channels, (grad, x, masking, dx))
-    tile, per_chunk, grid = _elementwise(rows, views, channels)
+    tile, per_chunk, grid = _elementwise(rows, views, channels, vector)
     dx_kernel[grid](
         grad,
         x,
@@ -493,8 +497,57 @@ def backward(
         units,
         *strides,
         ACTIVATION=activation,
-        VECTOR=vector,
         **tile,
         num_warps=WARPS,
     )
     return dx, dresidual
+
+
+# ---------------------------------------------------------------------------------------------- shipped binaries
+
+
+def binaries(capability: int) -> Iterator[Binary]:
+    """What the launches above ask for: of one tile every kind, and the largest kinds with every tile, dtype and unit."""
+    for activation in (None, "relu"):
+        yield from _binaries(64, "bf16", 8, activation, residual=False)
+    for block_c in BLOCKS_C:
+        yield from _binaries(block_c, "bf16", 8, "relu6", residual=True)
+    for dtype in ("fp16", "fp32"):
+        yield from _binaries(64, dtype, 8, "relu6", residual=True)
+    yield from _binaries(64, "bf16", 1, "relu6", residual=True)
+    yield Binary(
+        "batch norm statistics",
+        statistics_kernel,
+        {**dict.fromkeys(("partials_ptr", *_VECTORS), "*fp32"), "momentum": "fp32", "eps": "fp32"},
+        STAGE2,
+        warps=WARPS,
+        stages=3,
+        matrix=False,
+        narrow=None,
+    )
+
+
+_VECTORS = ("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "means_ptr", "running_mean_ptr", "running_var_ptr")
+
+
+def _binaries(block_c: int, dtype: str, vector: int, activation: str | None, residual: bool) -> Iterator[Binary]:
+    """The kernels of a training step, and of evaluation."""
+    tensors = ("x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "dresidual_ptr", "dx_ptr")
+    vectors = dict.fromkeys(("partials_ptr", *_VECTORS), "*fp32")
+    types = {**dict.fromkeys(tensors, f"*{dtype}"), **vectors, "eps": "fp32"}
+    tile = _tile(block_c, vector)
+    kind = f"{dtype} {tile['BLOCK_ROWS']}x{block_c}{'' if vector > 1 else ', any channels'}"
+    settings: dict[str, Any] = {"warps": WARPS, "stages": 3, "matrix": False, "narrow": 4 if vector > 1 else None}
+    fused = f" +{activation}" * (activation is not None) + " +residual" * residual
+    running: dict[str, Any] = {"running_mean_ptr": None, "running_var_ptr": None}
+    added: dict[str, Any] = {} if residual else {"residual_ptr": None}
+    masking: dict[str, Any] = {"bias_ptr": None} if residual else {"y_ptr": None, "dresidual_ptr": None}
+    masked: dict[str, Any] = {"ACTIVATION": None if residual else activation, "y_ptr": None}  # dResidual is masked
+    for name, kernel, constants in (
+        ("moments", moments_kernel, {}),
+        (f"normalise{fused}", normalise_kernel, {"ACTIVATION": activation, **added, **running}),
+        (f"normalise{fused}, evaluation", normalise_kernel, {"ACTIVATION": activation, **added}),
+        (f"sums{fused}", sums_kernel, {"ACTIVATION": activation, **masking}),
+        (f"dX{fused}", dx_kernel, masked),
+    ):
+        yield Binary(f"batch norm {name} {kind}", kernel, types, {**tile, **constants}, **settings)

@@ -34,7 +34,7 @@ from us3l_kernels.triton import DTYPES, SHARED_MEMORY, Binary
 # ---------------------------------------------------------------------------------------------- kernels
 
 @triton.jit
-def _first_tap(phase, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr):
+def first_tap(phase, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr):
     """The first tap that connects pixels of dX of this phase with pixels of dY; KERNEL if there is none."""
     first = KERNEL + 0 * phase
     for i in tl.static_range(KERNEL):
@@ -111,8 +111,8 @@ def product_kernel(
     if GRADIENT:
         phase_h = tl.program_id(1) // STRIDE_W
         phase_w = tl.program_id(1) % STRIDE_W
-        first_h = _first_tap(phase_h, KH, STRIDE_H, PADDING_H, DILATION_H)
-        first_w = _first_tap(phase_w, KW, STRIDE_W, PADDING_W, DILATION_W)
+        first_h = first_tap(phase_h, KH, STRIDE_H, PADDING_H, DILATION_H)
+        first_w = first_tap(phase_w, KW, STRIDE_W, PADDING_W, DILATION_W)
         taps_h = (KH - first_h + STEP_H - 1) // STEP_H
         taps_w = (KW - first_w + STEP_W - 1) // STEP_W
         rows_h = (y_h - phase_h + STRIDE_H - 1) // STRIDE_H

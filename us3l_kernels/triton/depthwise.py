@@ -15,13 +15,16 @@ bounds 5x5 and larger filters on an H100 (29 TB/s from L1 against 3 TB/s from me
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from us3l_kernels.triton import Binary
+from us3l_kernels.triton.conv2d import Geometry, first_tap
 from us3l_kernels.triton.reductions import CHUNKS, STAGE2, WARPS, in_chunks, load_vector
 from us3l_kernels.triton.rows import as_rows, in_units, new_rows
 
@@ -32,14 +35,8 @@ from us3l_kernels.triton.rows import as_rows, in_units, new_rows
 def _phase(
     size, phase, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr
 ):
-    """One dimension of dX: (pixels of a phase, its first tap, where pixel 0 of the phase sees dY through that tap).
-
-    A phase that no tap reaches has KERNEL as its first tap.
-    """
-    first = KERNEL + 0 * phase
-    for i in tl.static_range(KERNEL):
-        tap = KERNEL - 1 - i
-        first = tl.where((phase + PADDING - tap * DILATION) % STRIDE == 0, tap, first)
+    """One dimension of dX: (pixels of a phase, its first tap, where pixel 0 of the phase sees dY through that tap)."""
+    first = first_tap(phase, KERNEL, STRIDE, PADDING, DILATION)
     return (size - phase + STRIDE - 1) // STRIDE, first, (phase + PADDING - first * DILATION) // STRIDE
 
 
@@ -218,14 +215,17 @@ def filter_sums_kernel(
     tl.store(partials_ptr + taps[:, None] * channels + c[None, :], tl.sum(acc, 0), mask=ok)
 
 
-@triton.jit(do_not_specialize=["chunks", "taps", "channels", "filter_stride"])
+@triton.jit(do_not_specialize=["chunks", "taps", "taps_w", "channels", "dw_out", "dw_h", "dw_w"])
 def add_filters_kernel(
     partials_ptr,  # [chunks, taps, channels]
-    grad_weight_ptr,  # full size
+    dw_ptr,  # full size, any strides
     chunks,
     taps,
+    taps_w,
     channels,
-    filter_stride,
+    dw_out,
+    dw_h,
+    dw_w,
     BLOCK_CHUNKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -237,9 +237,9 @@ def add_filters_kernel(
         chunk = first + tl.arange(0, BLOCK_CHUNKS)
         offsets = (chunk.to(tl.int64) * taps + tap)[:, None] * channels + c[None, :]
         lanes += tl.load(partials_ptr + offsets, mask=(chunk < chunks)[:, None] & c_ok[None, :], other=0.0)
-    target = grad_weight_ptr + c.to(tl.int64) * filter_stride + tap
+    target = dw_ptr + c.to(tl.int64) * dw_out + (tap // taps_w * dw_h + tap % taps_w * dw_w)
     total = tl.load(target, mask=c_ok, other=0.0).to(tl.float32) + tl.sum(lanes, 0)
-    tl.store(target, total.to(grad_weight_ptr.dtype.element_ty), mask=c_ok)
+    tl.store(target, total.to(dw_ptr.dtype.element_ty), mask=c_ok)
 
 
 # ---------------------------------------------------------------------------------------------- launches
@@ -247,53 +247,30 @@ def add_filters_kernel(
 BLOCK_C = 32
 """Channels of a program. Few: the tiles of pixels are then large, and share more of what they read."""
 
-BLOCK_PIXELS = 128
-"""Pixels of a program of the forward and of dX: two images of 8 x 8, sixteen of 2 x 4, and so on."""
+BLOCK_PIXELS = {8: 128, 1: 64}
+"""Pixels of a program of the forward and of dX, by VECTOR: two images of 8 x 8, sixteen of 2 x 4, and so on."""
 
 TILE = 8
 """The side of a tile within an image, where the image is that large."""
 
-DW_PIXELS = {1: 128, 2: 64, 4: 32, 8: 16, 16: 8}
-"""Pixels that a program of dW takes at a time, by BLOCK_TAPS: 32 sums a thread."""
-
-
-def _geometry(
-    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> dict[str, int]:
-    return {
-        "KH": weight.size(2),
-        "KW": weight.size(3),
-        "STRIDE_H": stride[0],
-        "STRIDE_W": stride[1],
-        "PADDING_H": padding[0],
-        "PADDING_W": padding[1],
-        "DILATION_H": dilation[0],
-        "DILATION_W": dilation[1],
-    }
+DW_SUMS = 32
+"""Sums that a thread of dW has under way."""
 
 
 def _correlate(
-    a: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None, geometry: dict[str, int], gradient: bool
+    a: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None, geometry: Geometry, gradient: bool
 ) -> None:
     """y from x, or dX from dY with the phases of dX as the second axis of the grid."""
     images, channels, height, width = y.shape
-    phases_h = geometry["STRIDE_H"] if gradient else 1
-    phases_w = geometry["STRIDE_W"] if gradient else 1
-    steps = {
-        f"STEP_{d}": phases // math.gcd(phases, geometry[f"DILATION_{d}"])
-        for d, phases in (("H", phases_h), ("W", phases_w))
-    }
-    rows_h, rows_w = triton.cdiv(height, phases_h), triton.cdiv(width, phases_w)
+    phases = geometry.stride if gradient else (1, 1)
+    rows_h, rows_w = triton.cdiv(height, phases[0]), triton.cdiv(width, phases[1])
     tile_h, tile_w = (min(TILE, triton.next_power_of_2(rows)) for rows in (rows_h, rows_w))
-    tiles = (
-        triton.cdiv(images, BLOCK_PIXELS // (tile_h * tile_w))
-        * triton.cdiv(rows_h, tile_h)
-        * triton.cdiv(rows_w, tile_w)
-    )
     vector, units, strides = in_units(channels, (a, y))
+    images_of_tile = BLOCK_PIXELS[vector] // (tile_h * tile_w)
+    tiles = triton.cdiv(images, images_of_tile) * triton.cdiv(rows_h, tile_h) * triton.cdiv(rows_w, tile_w)
     # Filters with channels innermost, so that a program reads a tap as a vector.
     taps = weight[:channels].flatten(1).t().contiguous()
-    correlation_kernel[(tiles * triton.cdiv(channels, BLOCK_C), phases_h * phases_w)](
+    correlation_kernel[(tiles * triton.cdiv(channels, BLOCK_C), math.prod(phases))](
         a,
         taps,
         y,
@@ -306,67 +283,51 @@ def _correlate(
         tile_w,
         units,
         *strides,
-        **geometry,
-        **steps,
-        GRADIENT=gradient,
-        VECTOR=vector,
-        BLOCK_PIXELS=BLOCK_PIXELS,
-        BLOCK_C=BLOCK_C,
+        **_correlation_constants(geometry, gradient, vector),
         num_warps=WARPS,
     )
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """x [N, c, H, W], rows of channels; weight [C, 1, kh, kw] -> [N, c, H', W'], channels_last."""
-    geometry = _geometry(weight, stride, padding, dilation)
-    sizes = [
-        (x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(2 + d) - 1) - 1) // stride[d] + 1 for d in (0, 1)
-    ]
-    y = x.new_empty(x.size(0), *sizes, x.size(1)).movedim(-1, 1)
-    if y.numel():
-        _correlate(x, weight, y, bias, geometry, gradient=False)
+def _correlation_constants(geometry: Geometry, gradient: bool, vector: int) -> dict[str, int]:
+    return {
+        **geometry.constants(),
+        **(geometry.steps() if gradient else {"STEP_H": 1, "STEP_W": 1}),
+        "GRADIENT": gradient,
+        "VECTOR": vector,
+        "BLOCK_PIXELS": BLOCK_PIXELS[vector],
+        "BLOCK_C": BLOCK_C,
+    }
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """x [N, c, H, W], weight [C, 1, kh, kw], bias [C] -> [N, c, H', W'], channels_last."""
+    y = x.new_empty(x.size(0), *geometry.output(x.shape[2:]), x.size(1)).movedim(-1, 1)
+    if y.numel() > 0:
+        _correlate(as_rows(x), weight, y, bias, geometry, gradient=False)
     return y
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    grad_weight: Tensor | None,
-    need_grad_x: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor | None:
-    """dX, if needed; dW is added into the prefix of `grad_weight`, if given. grad may have any strides."""
-    geometry = _geometry(weight, stride, padding, dilation)
-    dx = new_rows(x) if need_grad_x else None
-    if grad.numel() == 0:
-        return dx
-    grad = as_rows(grad)
-    if dx is not None:
-        _correlate(grad, weight, dx, None, geometry, gradient=True)
-    if grad_weight is not None:
-        _add_filter_gradients(grad, x, grad_weight, geometry)
+def input_gradient(grad: Tensor, weight: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """dX, like x, channels_last."""
+    dx = new_rows(x)
+    if dx.numel() > 0:
+        _correlate(as_rows(grad), weight, dx, None, geometry, gradient=True)
     return dx
 
 
-def _add_filter_gradients(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: dict[str, int]) -> None:
+def weight_gradient(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geometry) -> None:
+    """Adds dW to the first c filters of the full `grad_weight` [C, 1, kh, kw], of any layout and dtype."""
     images, channels, height, width = grad.shape
-    pixels, rows, taps = images * height * width, geometry["KH"], geometry["KH"] * geometry["KW"]
-    block_taps = triton.next_power_of_2(geometry["KW"])
-    blocks_c = triton.cdiv(channels, BLOCK_C)
-    per_chunk, chunks = in_chunks(pixels, DW_PIXELS[block_taps], max(1, CHUNKS // (blocks_c * rows)))
-    partials = torch.empty(chunks, taps, channels, dtype=torch.float32, device=x.device)
+    pixels, (kh, kw) = images * height * width, geometry.kernel
+    if pixels == 0:
+        return
+    grad, x = as_rows(grad), as_rows(x)
     vector, units, strides = in_units(channels, (grad, x))
-    filter_sums_kernel[(chunks * blocks_c * rows,)](
+    constants = _gradient_constants(geometry, vector)
+    blocks_c = triton.cdiv(channels, BLOCK_C)
+    per_chunk, chunks = in_chunks(pixels, constants["BLOCK_PIXELS"], max(1, CHUNKS // (blocks_c * kh)))
+    partials = torch.empty(chunks, kh * kw, channels, dtype=torch.float32, device=x.device)
+    filter_sums_kernel[(chunks * blocks_c * kh,)](
         grad,
         x,
         partials,
@@ -377,13 +338,62 @@ def _add_filter_gradients(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry
         width,
         units,
         *strides,
-        **geometry,
-        VECTOR=vector,
-        BLOCK_PIXELS=DW_PIXELS[block_taps],
-        BLOCK_TAPS=block_taps,
-        BLOCK_C=BLOCK_C,
+        **constants,
         num_warps=WARPS,
     )
-    add_filters_kernel[(triton.cdiv(channels, STAGE2["BLOCK_C"]), taps)](
-        partials, grad_weight, chunks, taps, channels, grad_weight.stride(0), **STAGE2, num_warps=WARPS
+    dw_out, _, dw_h, dw_w = grad_weight.stride()
+    add_filters_kernel[(triton.cdiv(channels, STAGE2["BLOCK_C"]), kh * kw)](
+        partials, grad_weight, chunks, kh * kw, kw, channels, dw_out, dw_h, dw_w, **STAGE2, num_warps=WARPS
     )
+
+
+def _gradient_constants(geometry: Geometry, vector: int) -> dict[str, int]:
+    block_taps = triton.next_power_of_2(geometry.kernel[1])
+    return {
+        **geometry.constants(),
+        "VECTOR": vector,
+        "BLOCK_PIXELS": max(1, DW_SUMS * 32 * WARPS // (block_taps * BLOCK_C)),
+        "BLOCK_TAPS": block_taps,
+        "BLOCK_C": BLOCK_C,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- shipped binaries
+
+_GEOMETRIES = {
+    f"{k}x{k}{f'/{s}' if s > 1 else ''}": Geometry((k, k), (s, s), (k // 2, k // 2), (1, 1))
+    for k, s in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1), (7, 2))
+}
+
+
+def binaries(capability: int) -> Iterator[Binary]:
+    """What the launches above ask for: of every usual geometry in bfloat16, and of 3x3 what else there is."""
+    for name in _GEOMETRIES:
+        yield from _binaries(name, "bf16", 8)
+    yield from _binaries("3x3", "fp32", 8)
+    yield from _binaries("3x3", "bf16", 1)
+    yield Binary(
+        "depthwise add_filters",
+        add_filters_kernel,
+        {"partials_ptr": "*fp32", "dw_ptr": "*fp32"},
+        STAGE2,
+        warps=WARPS,
+        stages=3,
+        matrix=False,
+        narrow=None,
+    )
+
+
+def _binaries(name: str, dtype: str, vector: int) -> Iterator[Binary]:
+    geometry = _GEOMETRIES[name]
+    kind = f"{name} {dtype}{'' if vector > 1 else ', any channels'}"
+    settings: dict[str, Any] = {"warps": WARPS, "stages": 3, "matrix": False, "narrow": 2 if vector > 1 else None}
+    for gradient in (False, True):
+        types = {"a_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "taps_ptr": "*fp32"}
+        constants = {**_correlation_constants(geometry, gradient, vector), "bias_ptr": None}
+        yield Binary(
+            f"depthwise {'dX' if gradient else 'forward'} {kind}", correlation_kernel, types, constants, **settings
+        )
+    types = {"grad_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "partials_ptr": "*fp32"}
+    constants = _gradient_constants(geometry, vector)
+    yield Binary(f"depthwise dW {kind}", filter_sums_kernel, types, constants, **settings)

@@ -1,7 +1,7 @@
 """Layer norm in Triton, forward and backward.
 
 x is read as rows of channels at any distance. A program holds whole rows in registers, so a row has at most
-MOST_CHANNELS channels. Every tensor is touched once: 4 bytes an element of x forward and 6 backward, in half precision.
+8192 channels. Every tensor is touched once: 4 bytes an element of x forward and 6 backward, in half precision.
 
 The gradients of the parameters are summed in two stages, in an order that depends on the shapes alone: each program of
 the backward over its rows into a workspace, then the programs, of each channel. All arithmetic is in float32.
@@ -11,18 +11,22 @@ Source: Ba, Kiros and Hinton, 2016.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from us3l_kernels.triton import Binary
 from us3l_kernels.triton.reductions import CHUNKS, add_sums, in_chunks, load_vector, partial_sums
 from us3l_kernels.triton.rows import as_rows, in_units, new_rows
 
 # ---------------------------------------------------------------------------------------------- kernels
 
 
-@triton.jit(do_not_specialize=["rows", "c_units", "x_stride", "y_stride"])
+@triton.jit(do_not_specialize=["rows", "c_units", "x_stride", "y_stride", "eps"])
 def layer_norm_kernel(
     x_ptr,
     y_ptr,
@@ -115,20 +119,17 @@ def layer_norm_backward_kernel(
 
 # ---------------------------------------------------------------------------------------------- launches
 
-MOST_CHANNELS = 8192
-"""What a program can hold of a row: 16 values a thread, of each tensor."""
-
 ELEMENTS = 4096
 """Of a tile that a program holds in registers, unless a row has more."""
 
 
-def tile_of(channels: int) -> dict[str, int]:
+def _tile(channels: int) -> dict[str, int]:
     """The shape of a program's tile: whole rows."""
     block_c = max(16, triton.next_power_of_2(channels))
     return {"BLOCK_ROWS": max(1, ELEMENTS // block_c), "BLOCK_C": block_c}
 
 
-def warps_of(tile: dict[str, int], values: int) -> int:
+def _warps(tile: dict[str, int], values: int) -> int:
     """The warps of a program whose threads hold that many values of each tensor."""
     return tile["BLOCK_ROWS"] * tile["BLOCK_C"] // (32 * values)
 
@@ -147,7 +148,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
     if rows == 0:
         return y, mean, rstd
     vector, units, strides = in_units(channels, (x, y), -1)
-    tile = tile_of(channels)
+    tile = _tile(channels)
     layer_norm_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]),)](
         x,
         y,
@@ -161,7 +162,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
         eps,
         VECTOR=vector,
         **tile,
-        num_warps=warps_of(tile, FORWARD_VALUES),
+        num_warps=_warps(tile, FORWARD_VALUES),
     )
     return y, mean, rstd
 
@@ -184,7 +185,7 @@ def backward(
         return dx
     grad = as_rows(grad, -1)
     vector, units, strides = in_units(channels, (grad, x, dx), -1)
-    tile = tile_of(channels)
+    tile = _tile(channels)
     per_chunk, chunks = in_chunks(rows, tile["BLOCK_ROWS"], CHUNKS)
     sums = grad_weight is not None or grad_bias is not None
     partials = partial_sums(chunks, channels, x) if sums else None
@@ -202,8 +203,39 @@ def backward(
         *strides,
         VECTOR=vector,
         **tile,
-        num_warps=warps_of(tile, BACKWARD_VALUES),
+        num_warps=_warps(tile, BACKWARD_VALUES),
     )
     if partials is not None:
         add_sums(partials, rows, grad_weight, grad_bias)
     return dx
+
+
+# ---------------------------------------------------------------------------------------------- shipped binaries
+
+
+def binaries(capability: int) -> Iterator[Binary]:
+    """What the launches above ask for: rows of most sizes in bfloat16, and of one size what else there is."""
+    for channels in (64, 256, 512, 1024, 4096, 8192):
+        yield from _binaries(channels, "bf16", 8)
+    for channels in (512, 8192):
+        yield from _binaries(channels, "fp32", 8)
+    yield from _binaries(512, "bf16", 1)
+
+
+def _binaries(channels: int, dtype: str, vector: int) -> Iterator[Binary]:
+    tile = _tile(channels)
+    vectors = dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "partials_ptr"), "*fp32")
+    types = {**vectors, **dict.fromkeys(("x_ptr", "y_ptr", "grad_ptr", "dx_ptr"), f"*{dtype}"), "eps": "fp32"}
+    kind = f"{dtype} {tile['BLOCK_ROWS']}x{tile['BLOCK_C']}{'' if vector > 1 else ', any channels'}"
+    settings: dict[str, Any] = {"stages": 3, "matrix": False, "narrow": NARROW if vector > 1 else None}
+    for name, kernel, values in (
+        ("layer norm", layer_norm_kernel, FORWARD_VALUES),
+        ("layer norm backward", layer_norm_backward_kernel, BACKWARD_VALUES),
+    ):
+        yield Binary(
+            f"{name} {kind}", kernel, types, {**tile, "VECTOR": vector}, warps=_warps(tile, values), **settings
+        )
+
+
+NARROW = 12
+"""Loads and stores of a mean, of a deviation, and of what a thread has of the parameters and of their sums."""

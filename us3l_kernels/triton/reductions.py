@@ -5,10 +5,14 @@ Of every channel there are two sums; those of a chunk are in a workspace, float3
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from us3l_kernels.triton import Binary
 
 
 @triton.jit
@@ -104,4 +108,13 @@ def add_sums(
         channels,
         **STAGE2,
         num_warps=WARPS,
+    )
+
+
+def binaries(capability: int) -> Iterator[Binary]:
+    """What `add_sums` asks for."""
+    pointers = ("partials_ptr", "means_ptr", "grad_weight_ptr", "grad_bias_ptr")
+    types = dict.fromkeys(pointers, "*fp32")
+    yield Binary(
+        "add_sums", add_sums_kernel, types, STAGE2, warps=WARPS, stages=3, matrix=False, narrow=None
     )
