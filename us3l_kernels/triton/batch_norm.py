@@ -507,7 +507,7 @@ def backward(
 
 
 def binaries(capability: int) -> Iterator[Binary]:
-    """What the launches above ask for: of one tile every kind, and the largest kinds with every tile, dtype and unit."""
+    """What the launches above ask for: of one tile every kind, of the others the largest."""
     for activation in (None, "relu"):
         yield from _binaries(64, "bf16", 8, activation, residual=False)
     for block_c in BLOCKS_C:

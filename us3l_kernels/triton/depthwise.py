@@ -247,14 +247,14 @@ def add_filters_kernel(
 BLOCK_C = 32
 """Channels of a program. Few: the tiles of pixels are then large, and share more of what they read."""
 
-BLOCK_PIXELS = {8: 128, 1: 64}
-"""Pixels of a program of the forward and of dX, by VECTOR: two images of 8 x 8, sixteen of 2 x 4, and so on."""
+BLOCK_PIXELS = {8: 128, 1: 32}
+"""Pixels of a program of the forward and of dX, by VECTOR. 128 are two images of 8 x 8, or 16 of 2 x 4."""
 
 TILE = 8
 """The side of a tile within an image, where the image is that large."""
 
-DW_SUMS = 32
-"""Sums that a thread of dW has under way."""
+DW_SUMS = {8: 32, 1: 16}
+"""Sums that a thread of dW has under way, by VECTOR."""
 
 
 def _correlate(
@@ -264,8 +264,9 @@ def _correlate(
     images, channels, height, width = y.shape
     phases = geometry.stride if gradient else (1, 1)
     rows_h, rows_w = triton.cdiv(height, phases[0]), triton.cdiv(width, phases[1])
-    tile_h, tile_w = (min(TILE, triton.next_power_of_2(rows)) for rows in (rows_h, rows_w))
     vector, units, strides = in_units(channels, (a, y))
+    tile_w = min(TILE, triton.next_power_of_2(rows_w))
+    tile_h = min(TILE, triton.next_power_of_2(rows_h), BLOCK_PIXELS[vector] // tile_w)
     images_of_tile = BLOCK_PIXELS[vector] // (tile_h * tile_w)
     tiles = triton.cdiv(images, images_of_tile) * triton.cdiv(rows_h, tile_h) * triton.cdiv(rows_w, tile_w)
     # Filters with channels innermost, so that a program reads a tap as a vector.
@@ -352,7 +353,7 @@ def _gradient_constants(geometry: Geometry, vector: int) -> dict[str, int]:
     return {
         **geometry.constants(),
         "VECTOR": vector,
-        "BLOCK_PIXELS": max(1, DW_SUMS * 32 * WARPS // (block_taps * BLOCK_C)),
+        "BLOCK_PIXELS": max(1, DW_SUMS[vector] * 32 * WARPS // (block_taps * BLOCK_C)),
         "BLOCK_TAPS": block_taps,
         "BLOCK_C": BLOCK_C,
     }
