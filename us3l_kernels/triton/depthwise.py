@@ -93,15 +93,15 @@ def correlation_kernel(
         phase_w = tl.program_id(1) % STRIDE_W
         rows_h, first_h, origin_h = _phase(y_h, phase_h, KH, STRIDE_H, PADDING_H, DILATION_H)
         rows_w, first_w, origin_w = _phase(y_w, phase_w, KW, STRIDE_W, PADDING_W, DILATION_W)
-        MOVE_H: tl.constexpr = -(DILATION_H * STEP_H // STRIDE_H)
-        MOVE_W: tl.constexpr = -(DILATION_W * STEP_W // STRIDE_W)
+        move_per_tap_h = -(DILATION_H * STEP_H // STRIDE_H)
+        move_per_tap_w = -(DILATION_W * STEP_W // STRIDE_W)
     else:
         rows_h = y_h
         rows_w = y_w
         first_h = 0
         first_w = 0
-        MOVE_H: tl.constexpr = DILATION_H
-        MOVE_W: tl.constexpr = DILATION_W
+        move_per_tap_h = DILATION_H
+        move_per_tap_w = DILATION_W
 
     tiles_w = tl.cdiv(rows_w, tile_w)
     tiles_h = tl.cdiv(rows_h, tile_h)
@@ -125,14 +125,14 @@ def correlation_kernel(
     acc = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
     for i in range(0, (KH + STEP_H - 1) // STEP_H):
         tap_h = first_h + i * STEP_H
-        row = top + i * MOVE_H
+        row = top + i * move_per_tap_h
         row_ok = pixel_ok & (row >= 0) & (row < tl.where(tap_h < KH, a_h, 0))  # some phases have a tap less
         for j in tl.static_range((KW + STEP_W - 1) // STEP_W):
             tap_w = first_w + j * STEP_W
-            column = left + j * MOVE_W
+            column = left + j * move_per_tap_w
             ok = row_ok & (column >= 0) & (column < tl.where(tap_w < KW, a_w, 0))
             filters_ok = c < tl.where((tap_h < KH) & (tap_w < KW), channels, 0)
-            move = (i * MOVE_H * a_w + j * MOVE_W) * stride
+            move = (i * move_per_tap_h * a_w + j * move_per_tap_w) * stride
             a = tl.load(a_ptr + move, mask=ok[:, None] & c_ok[None, :], other=0.0).to(tl.float32)
             filters = tl.load(taps_ptr + (tap_h * KW + tap_w) * channels + c, mask=filters_ok, other=0.0)
             acc += a * filters.to(tl.float32)[None, :]
@@ -391,7 +391,7 @@ def _binaries(name: str, dtype: str, vector: int) -> Iterator[Binary]:
     settings: dict[str, Any] = {"warps": WARPS, "stages": 3, "matrix": False, "narrow": 2 if vector > 1 else None}
     for gradient in (False, True):
         types = {"a_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "taps_ptr": "*fp32"}
-        constants = {**_correlation_constants(geometry, gradient, vector), "bias_ptr": None}
+        constants: dict[str, Any] = {**_correlation_constants(geometry, gradient, vector), "bias_ptr": None}
         yield Binary(
             f"depthwise {'dX' if gradient else 'forward'} {kind}", correlation_kernel, types, constants, **settings
         )

@@ -17,6 +17,8 @@ TYPICAL = (
     "forward 3x3 bf16 128x128x64",
     "dX 3x3/2 bf16 128x128x64",
     "dW 3x3 bf16 128x128x64",
+    "batch norm sums +relu6 +residual bf16 64x64",
+    "depthwise forward 3x3 bf16",
 )
 MORE_REGISTERS = 8  # than were recorded for this version of Triton
 

@@ -57,6 +57,27 @@ def test_linear_is_left_to_cublas():
     assert "cuBLAS" in TRITON.why_slower("linear", torch.empty(4, 8), torch.empty(8, 8))
 
 
+@pytest.mark.parametrize(
+    "x,reason",
+    [
+        (images(24), None),
+        (images(24, torch.float32)[:, :16], None),
+        (images(24)[:, :20], "multiples of 8, there are 20"),
+        (images(24).contiguous(), "copied to channels_last"),
+    ],
+    ids=["dense", "prefix", "odd", "contiguous"],
+)
+def test_auto_takes_batch_norms_and_depthwise_convolutions_of_whole_vectors(x, reason):
+    batch_norm = TRITON.why_slower("batch_norm", x, torch.empty(24), training=True, views=1)
+    depthwise = {**GEOMETRY, "groups": 24, "stride": [2, 2], "out_channels": x.size(1)}
+    for said in (batch_norm, TRITON.why_slower("conv2d", x, torch.empty(24, 1, 5, 5), **depthwise)):
+        assert said is None if reason is None else reason in said
+
+
+def test_layer_norm_is_left_to_aten():
+    assert "reads x once" in TRITON.why_slower("layer_norm", torch.empty(4, 8), None)
+
+
 def test_measured_choices_are_for_one_gpu_and_these_kernels(monkeypatch, tmp_path):
     monkeypatch.setenv("US3L_TUNE_CACHE", str(tmp_path / "tune.json"))
     monkeypatch.setattr(measured, "_tables", {})

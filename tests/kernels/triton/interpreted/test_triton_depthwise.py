@@ -88,8 +88,8 @@ def test_chunks_are_added(monkeypatch):
     from us3l_kernels.triton import depthwise
 
     monkeypatch.setattr(depthwise, "STAGE2", {"BLOCK_CHUNKS": 4, "BLOCK_C": 8})
-    monkeypatch.setattr(depthwise, "DW_SUMS", {8: 2})
-    check("3x3", torch.float32, torch.float32, transposed=False)
+    monkeypatch.setattr(depthwise, "DW_SUMS", {8: 8})
+    check("3x3/2", torch.float32, torch.float32, transposed=False)
 
 
 def test_what_it_does_not_take():
