@@ -92,6 +92,7 @@ class Trainer:
         world.broadcast_(self.method)
         self.sampler = make_sampler(config.sampler, config.train.epochs, config.train.seed)
         self.step = TrainStep(config, self.method, world)
+        self.teacher = self.step.teacher
 
         self.epoch = self.batch = 0
         self.best: float | None = None  # online kNN accuracy, %
@@ -147,9 +148,9 @@ class Trainer:
         for images, labels in self._batches():
             widths = self.sampler.draw(self.epoch)
             lr = learning_rate(config.optimizer, self.steps_done, batches, config.train.epochs)
-            if self.step.teacher is not None:
+            if self.teacher is not None:
                 steps = batches * config.train.epochs
-                self.step.teacher.momentum = teacher_momentum(config.method, self.steps_done, steps)
+                self.teacher.momentum = teacher_momentum(config.method, self.steps_done, steps)
             images = images.to(self.device, memory_format=self.memory_format, non_blocking=True)
             losses, projections = self.step(images, widths, lr=lr, alpha=alpha, labels=labels)
 

@@ -180,7 +180,7 @@ def test_the_momentum_of_the_teacher_follows_its_schedule(schedule: str, last: f
         console=Console(quiet=True),
     )
     momenta: list[float] = []
-    teacher = trainer.step.teacher
+    teacher = trainer.teacher
     assert teacher is not None
     update = teacher.update
     teacher.update = lambda: (momenta.append(teacher.momentum), update())  # type: ignore[method-assign]
