@@ -55,7 +55,7 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
       "Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor(a!)? grad_weight1, Tensor(b!)? grad_norm1_weight, "
       "Tensor(c!)? grad_norm1_bias, Tensor(d!)? grad_weight2, Tensor(e!)? grad_norm2_weight, "
       "Tensor(f!)? grad_norm2_bias, bool need_grad_x, bool add_to_residual) -> (Tensor, Tensor)");
-  // Optimizers over lists of float32 tensors: csrc/cpu/multi_tensor.cpp, csrc/cuda/multi_tensor.cu
+  // Optimizers over lists of float32 tensors: csrc/cpu/multi_tensor.cpp, csrc/cuda/optimizers.cu
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] teachers, float lr, "
       "float momentum, float weight_decay, bool nesterov, float alpha, int groups, float ema_momentum) -> ()");
@@ -63,6 +63,9 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, int[] steps, "
       "float lr, float beta1, float beta2, float eps, float weight_decay, float alpha, int groups) -> ()");
   m.def("ema_(Tensor(a!)[] teachers, Tensor[] students, float momentum) -> ()");
+  // Weights of one width for CUDA, and their gradients: csrc/cuda/pack.cu
+  m.def("multi_tensor_pack(Tensor[] parameters, Tensor(a!)[] packed) -> ()");
+  m.def("multi_tensor_scatter_add(Tensor[] gradients, Tensor(a!)[] full_gradients) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(us3l_native, CPU, m) {

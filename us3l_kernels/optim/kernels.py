@@ -1,4 +1,4 @@
-"""The native kernels of the optimizers (csrc/cpu/multi_tensor.cpp, csrc/cuda/multi_tensor.cu): each update in one pass.
+"""The native kernels of the optimizers (csrc/cpu/multi_tensor.cpp, csrc/cuda/optimizers.cu): each update in one pass.
 
 `takes` decides; what a kernel does not take runs on torch's foreach operations, and the DEBUG log says why.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from us3l_kernels import _native
 
+native = torch.ops.us3l_native
 log = logging.getLogger("us3l_kernels")
 
 
@@ -26,16 +27,16 @@ def alike(param: Tensor, other: Tensor) -> bool:
 
 def takes(op: str, params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
     """Whether the kernel `op` ("sgd_", "adamw_" or "ema_") takes `params` and the lists that go with them."""
-    reason = _why_not(op, params, others)
+    reason = _why_not(params, others)
     if reason is not None:
         log.debug("%s: not on a native kernel: %s", op, reason)
     return reason is None
 
 
-def _why_not(op: str, params: Sequence[Tensor], others: Sequence[Sequence[Tensor]]) -> str | None:
+def _why_not(params: Sequence[Tensor], others: Sequence[Sequence[Tensor]]) -> str | None:
     device = params[0].device
     on_cuda = device.type == "cuda"
-    if device.type != "cpu" and not (on_cuda and op == "sgd_"):
+    if device.type not in ("cpu", "cuda"):
         return f"there is none for tensors on {device}"
     if (_native.load_cuda() if on_cuda else _native.load()) is None:
         return f"the compiled library is not there ({_native.why_cuda if on_cuda else _native.why})"
@@ -62,7 +63,7 @@ def sgd_(
     ema_momentum: float,
 ) -> None:
     """One step of `SGD`; without momentum there are no buffers, and the teachers may be left out as well."""
-    torch.ops.us3l_native.sgd_(
+    native.sgd_(
         params,
         grads,
         buffers,
@@ -87,7 +88,7 @@ def adamw_(
     group: dict[str, Any],
 ) -> None:
     """One step of `AdamW`; `steps` counts the updates of every parameter, this one included."""
-    torch.ops.us3l_native.adamw_(
+    native.adamw_(
         params,
         grads,
         exp_avgs,
@@ -106,7 +107,7 @@ def adamw_(
 
 def ema_(teachers: list[Tensor], students: list[Tensor], momentum: float) -> None:
     """One update of `EMA`."""
-    torch.ops.us3l_native.ema_(teachers, students, momentum)
+    native.ema_(teachers, students, momentum)
     _count_writes(teachers)
 
 
