@@ -199,23 +199,24 @@ __global__ void __launch_bounds__(kBlock)
 struct RowCut {
   Tiles tiles;
   int32_t depth, filter_rows, taps;  // rows of dy at a time, rows of the filter in a block, taps that blocks have apart
-  int64_t rows, block_rows, blocks;
+  int32_t rows, block_rows, blocks;
 
   RowCut(int64_t rows, int64_t width, int64_t channels, int vector, int filter_rows, int64_t taps)
       : tiles(channels, vector),
         depth(kBlock / (tiles.lanes * filter_rows)),
         filter_rows(filter_rows),
         taps(static_cast<int32_t>(taps)),
-        rows(rows) {
+        rows(static_cast<int32_t>(rows)) {
     constexpr int64_t kWanted = 512;     // blocks that fill a GPU; not asked of it: results do not depend on its size
     constexpr int64_t kLongest = 1024;  // products of a thread: its sums are float32
     const int64_t steps = (rows + depth - 1) / depth, share = std::max<int64_t>(kWanted / (tiles.count * taps), 1);
     const int64_t length = std::clamp<int64_t>((steps + share - 1) / share, 1, std::max<int64_t>(kLongest / width, 1));
-    block_rows = length * depth;
-    blocks = (rows + block_rows - 1) / block_rows;
+    block_rows = static_cast<int32_t>(length * depth);
+    blocks = static_cast<int32_t>((rows + block_rows - 1) / block_rows);
   }
 
-  dim3 grid() const { return dim3(static_cast<unsigned>(blocks * taps), static_cast<unsigned>(tiles.count)); }
+  int64_t grid_blocks() const { return int64_t{blocks} * taps; }
+  dim3 grid() const { return dim3(static_cast<unsigned>(grid_blocks()), static_cast<unsigned>(tiles.count)); }
   unsigned threads() const { return static_cast<unsigned>(tiles.lanes * filter_rows * depth); }
 };
 
@@ -231,16 +232,16 @@ __global__ void __launch_bounds__(kBlock)
   // The first of the thread's taps, which are side by side.
   const int tap = K == 0 ? static_cast<int>(blockIdx.x % static_cast<unsigned>(cut.taps))
                          : thread / cut.tiles.lanes % cut.filter_rows * K;
-  const int64_t block = blockIdx.x / static_cast<unsigned>(cut.taps);
+  const int block = static_cast<int>(blockIdx.x / static_cast<unsigned>(cut.taps));
   const int tap_row = tap / columns.kernel, tap_column = tap % columns.kernel;
   const int stride = S == 0 ? columns.stride : S;
 
   float sums[kTaps][W] = {};
-  const int64_t first = block * cut.block_rows, last = first + cut.block_rows;
-  const int64_t end = !inside ? 0 : last < cut.rows ? last : cut.rows;
-  for (int64_t r = first + thread / row_threads; r < end; r += cut.depth) {
-    const int64_t image = r / rows.out;
-    const int out = static_cast<int>(r - image * rows.out);
+  const int first = block * cut.block_rows, left_rows = cut.rows - first;
+  const int count = !inside ? 0 : left_rows < cut.block_rows ? left_rows : cut.block_rows;
+  for (int i = thread / row_threads; i < count; i += cut.depth) {
+    const int64_t image = (first + i) / rows.out;
+    const int out = (first + i) % rows.out;
     const int in = out * rows.stride - rows.padding + tap_row * rows.dilation;
     if (in < 0 || in >= rows.in) continue;
     const T* const source = x.data + image * x.image + in * x.row + channel;
@@ -276,7 +277,7 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
     for (int k = 0; k < W; ++k) sum[k] = shared[k][thread];
     const int64_t taps = int64_t{rows.kernel} * columns.kernel;
-    store(partials + (block * taps + tap + t) * cut.tiles.channels + channel, sum);
+    store(partials + (int64_t{block} * taps + tap + t) * cut.tiles.channels + channel, sum);
   }
 }
 
@@ -371,8 +372,10 @@ class Depthwise {
   void filter_gradient(const Pixels<const T>& x, const Pixels<const T>& dy, int64_t images, Tensor& grad_weight) const {
     const auto run = [&](auto width, auto kernel, auto stride) {
       const int64_t taps = kernel == 0 ? this->taps() : 1;
+      STD_TORCH_CHECK(images * rows_.out <= INT32_MAX, op_, ": grad: expected at most 2^31 - 1 rows of images, got ",
+                      images * rows_.out);
       const RowCut cut(images * rows_.out, columns_.out, channels_, width, std::max<int>(kernel, 1), taps);
-      STD_TORCH_CHECK(cut.blocks * cut.taps <= INT32_MAX, op_, ": x: expected fewer images for filters of this size");
+      STD_TORCH_CHECK(cut.grid_blocks() <= INT32_MAX, op_, ": x: expected fewer images for filters of this size");
       Tensor partials = floats({cut.blocks, this->taps(), channels_});
       stream_.launch(filter_gradient_kernel<T, width, kernel, stride>, cut.grid(), cut.threads(), x, dy, rows_, columns_,
                      cut, partials.mutable_data_ptr<float>());

@@ -10,7 +10,9 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unkn
 # Misaligned 16-byte accesses, overflow.
 FLAGS += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
 FLAGS += ["-DUS3L_CUDA_ON_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS += os.environ.get("CUDA_HOST_FLAGS", "").split()  # test_sanitizers.py
 
 
 class CudaHost:
@@ -71,10 +74,11 @@ def compiled(folder: Path, flags: list[str]) -> Path:
         old.unlink()
     command = [COMPILER, *flags, f"-I{SHIM}", "-isystem", str(Path(torch.__file__).parent / "include")]
     objects = [folder / f"{source.stem}.o" for source in sources]
-    for source, object_ in zip(sources, objects, strict=True):
-        subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(object_)], check=True)
-    torch_library = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([COMPILER, *flags, "-shared", *map(str, objects), *torch_library, "-o", f"{library}.new"], check=True)
+    commands = [[*command, "-x", "c++", "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(partial(subprocess.run, check=True), commands))
+    link = [COMPILER, *flags, "-shared", *map(str, objects), f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
+    subprocess.run([*link, "-o", f"{library}.new"], check=True)
     os.replace(f"{library}.new", library)
     return library
 

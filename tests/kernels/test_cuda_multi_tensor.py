@@ -152,7 +152,8 @@ def test_ema_against_float64(cuda_host, momentum):
     shapes = [*SHAPES, (100, 90)]
     teachers, students = ([guarded(torch.randn(s), 0) for s in shapes] for _ in range(2))
     expected = [
-        (t.double() * momentum + s.double() * (1 - momentum)).float() for (t, _), (s, _) in zip(teachers, students)
+        (t.double() * momentum + s.double() * (1 - momentum)).float()
+        for (t, _), (s, _) in zip(teachers, students, strict=True)
     ]
     cuda_host.ops.ema_([t for t, _ in teachers], [s for s, _ in students], momentum)
     for (t, _), e in zip(teachers, expected, strict=True):
@@ -190,7 +191,7 @@ BAD_LISTS = {
     "grads are too few": (1, lambda ts: ts[:1], "grads: expected 2 tensors, one for each parameter, got 1"),
     "another dtype": (1, lambda ts: [ts[0].double(), ts[1]], r"grads\[0\]: expected a float32 tensor"),
     "another shape": (3, lambda ts: [ts[0], ts[1][:3]], r"teachers\[1\]: expected the shape of its parameter"),
-    "another layout": (2, lambda ts: [ts[0].t().contiguous().t(), ts[1]], r"momentum_buffers\[0\]: expected it and its"),
+    "another layout": (2, lambda ts: [ts[0].t().contiguous().t(), ts[1]], r"momentum_buffers\[0\]: expected it"),
 }
 
 
@@ -331,7 +332,11 @@ BAD_PREFIXES = {
         [torch.zeros(3, 4, 3, 3)],
         r"parameters\[0\]: expected the last two dimensions to lie like one",
     ),
-    "nothing side by side": ([torch.zeros(3, 4)], [torch.zeros(3, 8)[:, ::2]], r"packed\[0\]: expected channels or taps"),
+    "nothing side by side": (
+        [torch.zeros(3, 4)],
+        [torch.zeros(3, 8)[:, ::2]],
+        r"packed\[0\]: expected channels or taps side by side",
+    ),
 }
 
 

@@ -60,7 +60,7 @@ def assert_equal(ours, theirs) -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=0)
 
 
-# Equality with torch (the kernels round in another way: test_native_optim, test_multi_tensor_host)
+# Equality with torch (the kernels round in another way: test_native_optim, test_cuda_multi_tensor)
 
 
 @pytest.fixture

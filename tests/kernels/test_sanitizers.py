@@ -93,6 +93,18 @@ def test_no_memory_error_and_no_undefined_behaviour(tmp_path: Path) -> None:
             )
 
 
+def test_cuda_kernels_on_the_cpu_have_no_memory_error() -> None:
+    """Every access of every thread: tensors, shared memory, the tables of arguments (conftest.py has the kernels)."""
+    tests = [str(ROOT / "tests" / "kernels" / f"test_cuda_{name}.py") for name in ("ops", "multi_tensor")]
+    checked(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        ROOT,
+        LD_PRELOAD=f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
+        ASAN_OPTIONS="detect_leaks=0",
+        CUDA_HOST_FLAGS="-fsanitize=address -fno-omit-frame-pointer -g1",
+    )
+
+
 RACES = """
 import sys
 sys.path.insert(0, "tests/kernels")

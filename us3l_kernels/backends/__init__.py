@@ -269,12 +269,13 @@ def heuristic_choice(op: str, x: Tensor, weight: Tensor | None, arguments: dict[
 
 def _registry() -> dict[str, Backend]:
     from us3l_kernels.backends.aten import AtenBackend
+    from us3l_kernels.backends.cuda import CudaBackend
     from us3l_kernels.backends.native import NativeBackend
     from us3l_kernels.backends.reference import ReferenceBackend
     from us3l_kernels.backends.triton import TritonBackend
 
     # In the order in which `auto` asks them.
-    return {b.name: b for b in (NativeBackend(), TritonBackend(), AtenBackend(), ReferenceBackend())}
+    return {b.name: b for b in (NativeBackend(), CudaBackend(), TritonBackend(), AtenBackend(), ReferenceBackend())}
 
 
 BACKENDS: dict[str, Backend] = _registry()

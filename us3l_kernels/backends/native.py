@@ -22,10 +22,21 @@ _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 _ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 
 
-def _why_not_channels_last(x: Tensor) -> str | None:
+def why_not_channels_last(x: Tensor) -> str | None:
     if x.stride(1) != 1 and x.size(1) > 1:
         return f"it takes channels_last (channels innermost), x has shape {tuple(x.shape)} and strides {x.stride()}"
     return None
+
+
+def why_not_rows(x: Tensor) -> str | None:
+    if not is_rows(x, 1):
+        return f"it takes channels_last (channels innermost), x has shape {tuple(x.shape)} and strides {x.stride()}"
+    return None
+
+
+def is_depthwise(weight: Tensor, groups: int) -> bool:
+    """Whether every channel has one filter of its own."""
+    return weight.size(1) == 1 and weight.size(0) == groups
 
 
 def _algorithm(
@@ -37,7 +48,7 @@ def _algorithm(
     groups: int,
 ) -> Literal["depthwise", "winograd", "winograd_stride2", "product"]:
     """How a convolution is computed."""
-    if weight.size(1) == 1 and weight.size(0) == groups:
+    if is_depthwise(weight, groups):
         return "depthwise"
     geometry = (list(stride), list(padding), list(dilation), groups)
     if weight.shape[2:] == (3, 3) and geometry == ([1, 1], [1, 1], [1, 1], 1) and x.size(1) >= 8:
@@ -67,7 +78,7 @@ def _in_pairs(x: Tensor, weight: Tensor, out_channels: int, groups: int) -> bool
 def _why_not_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry: Any) -> str | None:
     if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
         return f"it takes float32 and bfloat16 x with float32 filters, x is {x.dtype} and the weight {weight.dtype}"
-    return _why_not_channels_last(x)
+    return why_not_channels_last(x)
 
 
 def _why_slower_pairs(x: Tensor, weight: Tensor, out_channels: int, stride: Sequence[int], groups: int) -> str | None:
@@ -143,9 +154,7 @@ def _why_not_norm(x: Tensor, weight: Tensor | None) -> str | None:
 
 
 def _why_not_batch_norm(x: Tensor, weight: Tensor | None) -> str | None:
-    if not is_rows(x, 1):
-        return f"it takes channels_last (channels innermost), x has shape {tuple(x.shape)} and strides {x.stride()}"
-    return _why_not_norm(x, weight)
+    return why_not_rows(x) or _why_not_norm(x, weight)
 
 
 def _why_not_layer_norm(x: Tensor, weight: Tensor | None) -> str | None:
