@@ -222,7 +222,7 @@ struct RowCut {
 
 // Sums of x dy under each tap: partial results [blocks][kh][kw][channels] of the blocks.
 template <class T, int W, int K, int S>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 1)  // one block at least: the compiler's own aim of two would spill
     filter_gradient_kernel(Pixels<const T> x, Pixels<const T> dy, Axis rows, Axis columns, RowCut cut, float* partials) {
   constexpr int kTaps = K == 0 ? 1 : K, kStep = K == 0 ? 1 : kPixels;
   __shared__ float shared[W][kBlock];

@@ -175,7 +175,7 @@ def winograd_filters(weight: Tensor, input_channels_in_lanes: bool) -> Tensor | 
 
 class NativeBackend(Backend):
     name = "native"
-    ops = ("conv2d", "linear", "batch_norm", "layer_norm")
+    ops: tuple[str, ...] = ("conv2d", "linear", "batch_norm", "layer_norm")
 
     def unavailable(self) -> str | None:
         if _native.load() is None:
