@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kBlock)
   const Place<W> place(cut);
   if (!place.inside) return;
   const Affine<W> affine(norm, place);
-#pragma unroll kUnroll
+#pragma unroll 2
   for (int64_t r = place.begin; r < place.end; r += cut.depth) {
     float v[W], add[W] = {};
     load(x.data + r * x.stride + place.channel, v);

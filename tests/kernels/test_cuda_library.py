@@ -42,9 +42,9 @@ GATES = {
     rf"apply_kernel<{TYPE}, {NUMBER}>": lambda w: vectors(w, 2, 1),
     rf"reduce_kernel<{FLAG}, {TYPE}, {NUMBER}>": lambda y, w: vectors(w, 2 + yes(y), 3),
     rf"input_gradient_kernel<{FLAG}, {TYPE}, {NUMBER}>": lambda y, w: vectors(w, 2 + yes(y), 1),
-    # The columns under four pixels, and the filters over them.
+    # The columns under four pixels, and a row of the filters.
     rf"correlate_kernel<{TYPE}, {NUMBER}, {NUMBER}>": lambda k, s: (3 * int(s) + 2 * int(k), 4),
-    rf"adjoint_stride2_kernel<{TYPE}, {NUMBER}>": lambda k: (2 * int(k), 4),
+    rf"adjoint_stride2_kernel<{TYPE}, {NUMBER}>": lambda k: (int(k) + (int(k) - 1) // 2 + 2, 4),
     rf"filter_gradient_kernel<{TYPE}, {NUMBER}, {NUMBER}, {NUMBER}>": lambda w, k, s: vectors(
         w, 4 + 3 * int(s) + int(k), int(k)
     ),
