@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.triton import Binary
+from us3l_kernels.triton import DTYPES, Binary
 from us3l_kernels.triton.conv2d import Geometry, first_tap
 from us3l_kernels.triton.reductions import CHUNKS, STAGE2, WARPS, in_chunks, load_vector
 from us3l_kernels.triton.rows import as_rows, in_units, new_rows
@@ -253,8 +253,8 @@ BLOCK_PIXELS = {8: 128, 1: 32}
 TILE = 8
 """The side of a tile within an image, where the image is that large."""
 
-DW_SUMS = {8: 32, 1: 16}
-"""Sums that a thread of dW has under way, by VECTOR."""
+DW_SUMS = {2: 32, 4: 16}
+"""Sums that a thread of dW has under way, by the bytes of an element; half as many where VECTOR is 1."""
 
 
 def _correlate(
@@ -324,7 +324,7 @@ def weight_gradient(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geom
         return
     grad, x = as_rows(grad), as_rows(x)
     vector, units, strides = in_units(channels, (grad, x))
-    constants = _gradient_constants(geometry, vector)
+    constants = _gradient_constants(geometry, vector, x.element_size())
     blocks_c = triton.cdiv(channels, BLOCK_C)
     per_chunk, chunks = in_chunks(pixels, constants["BLOCK_PIXELS"], max(1, CHUNKS // (blocks_c * kh)))
     partials = torch.empty(chunks, kh * kw, channels, dtype=torch.float32, device=x.device)
@@ -348,12 +348,13 @@ def weight_gradient(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geom
     )
 
 
-def _gradient_constants(geometry: Geometry, vector: int) -> dict[str, int]:
+def _gradient_constants(geometry: Geometry, vector: int, itemsize: int) -> dict[str, int]:
     block_taps = triton.next_power_of_2(geometry.kernel[1])
+    sums = DW_SUMS[itemsize] // (2 if vector == 1 else 1)
     return {
         **geometry.constants(),
         "VECTOR": vector,
-        "BLOCK_PIXELS": max(1, DW_SUMS[vector] * 32 * WARPS // (block_taps * BLOCK_C)),
+        "BLOCK_PIXELS": max(1, sums * 32 * WARPS // (block_taps * BLOCK_C)),
         "BLOCK_TAPS": block_taps,
         "BLOCK_C": BLOCK_C,
     }
@@ -396,5 +397,5 @@ def _binaries(name: str, dtype: str, vector: int) -> Iterator[Binary]:
             f"depthwise {'dX' if gradient else 'forward'} {kind}", correlation_kernel, types, constants, **settings
         )
     types = {"grad_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "partials_ptr": "*fp32"}
-    constants = _gradient_constants(geometry, vector)
+    constants = _gradient_constants(geometry, vector, DTYPES[dtype])
     yield Binary(f"depthwise dW {kind}", filter_sums_kernel, types, constants, **settings)
