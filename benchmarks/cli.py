@@ -12,7 +12,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import harness, inference, memory, ops, roofline, scaling, static, step, tables
+from benchmarks import (
+    communication,
+    data,
+    harness,
+    inference,
+    memory,
+    ops,
+    roofline,
+    scaling,
+    static,
+    step,
+    tables,
+)
 from benchmarks import widths as random_widths
 from benchmarks.rivals import MODELS, Settings
 from benchmarks.roofline import Machine
@@ -267,6 +279,75 @@ def inference_command(
         cells = [text for pair in readings for text in pair]
         table.add_row(f"{row['batch']}", f"{row['width']:g}", f"{row['macs'] / 1e6:.0f}", *cells)
     output.print(table)
+    _write(json, result)
+
+
+@app.command("communication")
+def communication_command(
+    model: Model = "resnet18",
+    size: Input = 32,
+    stem: Stem = "auto",
+    batch: Annotated[int, typer.Option(min=2, help="Images per view and process.")] = 16,
+    widths: Widths = "1.0,0.6,0.25",
+    processes: Annotated[int, typer.Option(min=2, help="Of the run, all on this machine.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of every process.")] = 1,
+    json: Json = None,
+) -> None:
+    """What the processes of a run send to each other in a step, beside DistributedDataParallel (Linux, CPU, gloo)."""
+    settings = _settings(model, size, stem, widths, "fp32", "cpu", threads)
+    with console.status("") as status:
+        result = communication.measure(
+            settings, size=size, batch=batch, processes=processes, steps=steps, progress=status.update
+        )
+    table = Table("side", "MB sent per step", "of the weights", "step ms", title=f"{model}, {processes} processes")
+    for name, reading in result["readings"].items():
+        sent = reading["sent_bytes"]
+        share, milliseconds = sent / reading["weight_bytes"], reading["step_ms"]
+        table.add_row(communication.SIDES[name], f"{sent / 1e6:.1f}", f"{share:.2f}", f"{milliseconds:.0f}")
+    output.print(table)
+    own = result["readings"]["us3l"]
+    output.print(
+        f"us3l sends 1/{result['ratios']['ddp']:.2f} of it. The all-reduce takes {own['all_reduce_ms']:.0f} ms, the "
+        f"backward of the last width, with which it could overlap, {own['last_backward_ms']:.0f} ms"
+    )
+    _write(json, result)
+
+
+@app.command("data")
+def data_command(
+    model: Model = "resnet18",
+    size: Input = 224,
+    stem: Stem = "auto",
+    batch: Batch = 32,
+    widths: Widths = "1.0,0.6,0.25",
+    dtype: Dtype = "fp32",
+    workers: Annotated[str, typer.Option(help="Numbers of loader processes.")] = "1,2",
+    images: Annotated[int, typer.Option(min=8, help="JPEG files that are made, 500x375 pixels.")] = 256,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of measuring, for each path.")] = 5.0,
+    threads: Threads = 2,
+    device: Device = "cpu",
+    json: Json = None,
+) -> None:
+    """Images per second of every way to load them (files, shards, memory), beside what a training step consumes."""
+    settings = _settings(model, size, stem, widths, dtype, device, threads)
+    with console.status("") as status:
+        result = data.measure(
+            settings,
+            size=size,
+            batch=batch,
+            workers=_numbers("--workers", workers, int),
+            images=images,
+            seconds=seconds,
+            progress=status.update,
+        )
+    step = result["step"]["images_per_second"]
+    table = Table("path", "workers", "colours and blur on", "images/s", "of what the step takes")
+    for row in result["rows"]:
+        rate = row["images_per_second"]
+        table.add_row(row["path"], f"{row['workers']}", row["augment_on"], f"{rate:.0f}", f"{rate / step:.2f}")
+    output.print(table)
+    output.print(f"a step of {model} takes {step:.0f} images/s")
     _write(json, result)
 
 

@@ -6,7 +6,6 @@ A checkpoint is one file, a dict written by `torch.save` and read with `weights_
     config       nested dicts (us3l.config)
     method       state_dict: student, heads and the momentum teacher
     optimizer, scaler, sampler    their state_dicts
-    rng          states of the global random generators
     epoch, batch the position: the next batch of the run is `batch` of `epoch`, both from 0
     best         best online kNN accuracy so far (%), or None
     statistics   calibrated statistics {width: {module: (mean, variance)}}, or None (see `us3l calibrate`)
@@ -21,6 +20,7 @@ import platform
 import random
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from us3l_kernels.version import __version__
 
 FORMAT = 1
 _KEYS = {
-    "format", "config", "method", "optimizer", "scaler", "sampler", "rng", "epoch", "batch", "best", "statistics",
+    "format", "config", "method", "optimizer", "scaler", "sampler", "epoch", "batch", "best", "statistics",
     "environment",
 }  # fmt: skip
 
@@ -42,15 +42,27 @@ Checkpoint = dict[str, Any]
 
 
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` so that `path` holds either the old file or the whole new one, whatever happens."""
+    """Write `checkpoint` so that `path` holds either the old file or the whole new one, whatever happens.
+
+    Raises:
+        CheckpointError: it cannot be written, because the disk is full, for example. Nothing is left of it then.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror}. Checkpoints that were there before are whole: make room (or "
+            "choose another checkpoint.dir), and go on with --resume auto"
+        ) from error
     # The new name is safe against a power failure only once the folder is on the disk as well.
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -538,6 +538,26 @@ def search(
 
 
 @app.command()
+def shards(
+    root: Annotated[Path, typer.Argument(help="Folder with train/*.tar and val/*.tar: data.root of data.name=shards.")],
+    source: Annotated[
+        Path | None, typer.Option(help="Write the shards first, of this image folder (train/CLASS/*, val/CLASS/*).")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images in a shard that is written.")] = 1000,
+) -> None:
+    """Write and index WebDataset shards: what training needs to know of them, and that all of them can be read."""
+    from us3l.data.shards import index_shards, write_shards
+
+    with console.status("") as status:
+        if source is not None:
+            write_shards(source, root, images, progress=status.update)
+        for split in ("train", "val"):
+            index = index_shards(root / split, progress=status.update)
+            count = sum(len(shard["labels"]) for shard in index["shards"])
+            console.print(f"{root / split}: {len(index['shards'])} shards, {count} images", soft_wrap=True)
+
+
+@app.command()
 def doctor() -> None:
     """What this machine and this installation offer, what is missing, and why."""
     from rich.table import Table
@@ -850,7 +870,7 @@ def _calibrated(path: Path, config: Config, encoder: Any, width: Width) -> None:
 def _protocol(protocol: Protocol, config: Config) -> SGDProtocol | None:
     from us3l.evaluation import CIFAR_PROTOCOL, IMAGENET_PROTOCOL
 
-    published = {"cifar10": "cifar", "cifar100": "cifar", "image_folder": "imagenet"}
+    published = {"cifar10": "cifar", "cifar100": "cifar", "image_folder": "imagenet", "shards": "imagenet"}
     name = published.get(config.data.name, "lbfgs") if protocol is Protocol.auto else protocol.value
     return {"lbfgs": None, "cifar": CIFAR_PROTOCOL, "imagenet": IMAGENET_PROTOCOL}[name]
 

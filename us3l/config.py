@@ -60,11 +60,13 @@ class ModelConfig:
 
 CHANNELS = {
     "fashion_mini": 1, "fashion_mnist": 1, "cifar10": 3, "cifar100": 3, "image_folder": 3, "random": 3,
+    "shards": 3,
     "flowers102": 3, "oxford_pets": 3, "dtd": 3, "fgvc_aircraft": 3, "food101": 3,
 }  # fmt: skip
 """Channels of the images of every `data.name`."""
 SIZES = {
     "fashion_mini": 14, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32, "image_folder": 224, "random": 32,
+    "shards": 224,
     "flowers102": 224, "oxford_pets": 224, "dtd": 224, "fgvc_aircraft": 224, "food101": 224,
 }  # fmt: skip
 """Side of the training views, where `data.size` is not given."""
@@ -85,6 +87,8 @@ class DataConfig:
     size: int | None = _number(None, least=1)  # side of the training views, pixels; None: the data set's own
     batch_size: int = _number(128, least=2)  # images per step and process; each gives two views
     workers: int = _number(0, least=0)  # loader processes
+    # Colours and blur of image_folder and shards; crops are the workers'. (Data in memory are augmented on the device.)
+    augment_on: str = _one_of("workers", "device")
     train_samples: int | None = _number(None, least=1)  # the first n images; None: all
     test_samples: int | None = _number(None, least=1)
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # area of the random crops, fractions
@@ -111,6 +115,7 @@ class MethodConfig:
     queue_size: int = _number(65536, least=1)  # past targets that moco_v2 and seed keep
     distillation: str = _one_of("cosine", "infonce", "mse", "kl", "relational", "none")  # none: the base loss again
     aux_head: bool = True  # sub-networks predict through a head of their own
+    gather_negatives: bool = False  # infonce within the batch: contrast with the samples of all processes
     feature_weight: float = _number(0.0, least=0)  # of the distillation of intermediate features; 0: none
     options: dict[str, Any] = field(default_factory=dict)  # what a method of your own asks for
 
@@ -155,12 +160,16 @@ class TrainConfig:
     step: str = _one_of("joint", "per_width")  # one update per iteration, or (as published) one after every width
     amp: str = _one_of("none", "bf16", "fp16")  # fp16 with a gradient scaler
     graphs: str = _one_of("auto", "true", "false")  # CUDA graphs, one for each width; auto: where they can be
+    accumulate: int = _number(1, least=1)  # parts of a batch, one by one, with less memory: their gradients add up
+    sync_norms: bool = False  # batch norms of several processes take their statistics together
+    max_skipped: int = _number(10, least=0)  # updates in a row whose gradient is not finite; one more ends the run
     channels_last: bool = True
     seed: int = _number(0, least=0)
     device: str = "auto"  # "auto": CUDA when there is a GPU; else what torch.device takes
     threads: int | None = _number(None, least=1)  # CPU threads of torch; None: its own choice
     knn_every: int = _number(0, least=0)  # epochs between evaluations (kNN; supervised: the classifier); 0: never
     log_every: int = _number(10, least=1)  # steps between readings of the losses
+    wandb: str | None = None  # project of Weights & Biases that gets what TensorBoard gets
 
 
 @dataclass
@@ -330,6 +339,15 @@ def validate(config: Config) -> None:
                 "regulariser.alpha ramps up between regulariser.warmup_epochs and half of train.epochs: "
                 f"expected warmup_epochs < {config.train.epochs / 2:g}, got {config.regulariser.warmup_epochs}"
             )
+    _validate_gather(config.method)
+    _require(
+        config.data.batch_size % config.train.accumulate == 0 and config.data.batch_size > config.train.accumulate,
+        "train.accumulate",
+        f"a divisor of data.batch_size={config.data.batch_size}, with parts of two images or more",
+        config.train.accumulate,
+    )
+    if config.train.accumulate > 1 and config.method.feature_weight > 0:
+        raise ConfigError("train.accumulate: method.feature_weight keeps the features of one batch; expected 1")
     if config.optimizer.warmup_epochs >= config.train.epochs and config.optimizer.warmup_epochs > 0:
         raise ConfigError(
             f"optimizer.warmup_epochs must be smaller than train.epochs ({config.train.epochs}), "
@@ -347,6 +365,15 @@ def _validate_vit(model: ModelConfig) -> None:
         f"a divisor of model.image_size={model.image_size}",
         model.patch_size,
     )
+
+
+def _validate_gather(method: MethodConfig) -> None:
+    contrasts = "infonce" in (method.base_loss, method.distillation) and method.name != "moco_v2"
+    if method.gather_negatives and not contrasts:
+        raise ConfigError(
+            "method.gather_negatives is for infonce within the batch: it needs method.base_loss or method.distillation "
+            "= infonce, and a method other than moco_v2, whose queue holds the samples of all processes anyway"
+        )
 
 
 def _require(condition: bool, key: str, expected: str, given: object) -> None:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from us3l_kernels.collectives import all_gather
+
 
 @dataclass(frozen=True)
 class World:
@@ -36,12 +38,17 @@ class World:
             flat.div_(self.size)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """`tensor` [n, ...] of all processes one behind the other, in rank order: [size * n, ...], without gradient."""
+        """`tensor` [n, ...] of all processes one behind the other, in rank order: [size * n, ...].
+
+        Gradients flow back to the process that each part came from.
+        """
+        return tensor if self.size == 1 else all_gather(tensor).flatten(0, 1)
+
+    def gather_views(self, tensor: Tensor) -> Tensor:
+        """Two stacked views [2n, ...] of all processes as two stacked views [2 * size * n, ...], as of one batch."""
         if self.size == 1:
             return tensor
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+        return all_gather(tensor.unflatten(0, (2, -1))).transpose(0, 1).flatten(0, 2)
 
     @torch.no_grad()
     def broadcast_(self, module: nn.Module) -> None:

@@ -19,12 +19,13 @@ from us3l import checkpoint as checkpoints
 from us3l.allocator import keep_freed_memory
 from us3l.config import Config, OptimizerConfig, differences, to_dict, to_yaml, validate
 from us3l.data import make_data
+from us3l.data.seeding import iteration_seed
 from us3l.distributed import SINGLE, World
-from us3l.errors import CheckpointError, ConfigError, TrainingError
+from us3l.errors import CheckpointError, ConfigError
 from us3l.evaluation import effective_rank, evaluate, spread
 from us3l.evaluation.protocol import Probe
 from us3l.methods import GUIDELINES, build_method
-from us3l.monitor import Monitor, WidthReading, say
+from us3l.monitor import Monitor, WidthReading, open_wandb, say
 from us3l.sampling import largest_width, make_sampler
 from us3l.schedule import group_alpha, teacher_momentum
 from us3l.signals import catch_signals
@@ -34,7 +35,7 @@ from us3l.step import TrainStep
 # where a run happens and what it reports, not what it computes (threads and device: see check_environment).
 NOT_COMPUTED = (
     "checkpoint.", "data.root", "data.workers", "data.download", "train.device", "train.threads", "train.log_every",
-    "train.knn_every", "train.graphs",
+    "train.knn_every", "train.graphs", "train.max_skipped", "train.wandb",
 )  # fmt: skip
 
 
@@ -100,7 +101,6 @@ class Trainer:
         self.folder = checkpoints.CheckpointFolder(folder, config.checkpoint.keep) if folder is not None else None
         self._resumed = False
         self._saved_at = time.monotonic()
-        self._unread: list[tuple[int, list[float], Tensor]] = []  # step, widths, losses still on the device
 
     @property
     def steps_done(self) -> int:
@@ -111,7 +111,8 @@ class Trainer:
         """Train to the last epoch.
 
         Raises:
-            TrainingError: a loss is not finite any more.
+            TrainingError: losses or gradients are not finite any more.
+            DataError: an image or a shard cannot be read.
             CheckpointError: the folder holds another run's checkpoints (and `resume` was not called).
             KeyboardInterrupt, SystemExit: after SIGINT and SIGTERM, when the state has been saved.
         """
@@ -122,13 +123,18 @@ class Trainer:
         self._saved_at = time.monotonic()
         with ExitStack() as stack:
             stopped_by = stack.enter_context(catch_signals())
+            folder = self.folder.path if self.folder is not None and self.world.is_main else None
             monitor = stack.enter_context(
                 Monitor(
                     self.console,
-                    self.folder.path if self.folder is not None and self.world.is_main else None,
+                    folder,
                     config.train.epochs,
                     len(self.data.train),
                     self.steps_done,
+                    self.device,
+                    open_wandb(config.train.wandb, folder, to_dict(config))
+                    if config.train.wandb is not None and self.world.is_main
+                    else None,
                 )
             )
             while self.epoch < config.train.epochs:
@@ -152,14 +158,18 @@ class Trainer:
                 steps = batches * config.train.epochs
                 self.teacher.momentum = teacher_momentum(config.method, self.steps_done, steps)
             images = images.to(self.device, memory_format=self.memory_format, non_blocking=True)
+            # Nothing of ours draws in here, but a method of somebody's own may. Such numbers go on after a resume, too.
+            torch.manual_seed(iteration_seed(config.train.seed, self.steps_done, self.world.rank))
+            random.seed(iteration_seed(config.train.seed, self.steps_done, self.world.rank))
+            skipped = self.step.skipped
             losses, projections = self.step(images, widths, lr=lr, alpha=alpha, labels=labels)
 
             self.batch += 1
-            self._unread.append((self.steps_done, widths, losses))
+            if self.step.skipped > skipped:
+                monitor.skipped(self.steps_done, self.step.skipped)
             monitor.step(self.steps_done, config.data.batch_size * self.world.size)
             reading_due = self.steps_done % config.train.log_every == 0 or self.batch == batches
             if reading_due:
-                self._read_losses()
                 readings = [
                     WidthReading(width, loss, spread(z), effective_rank(z))
                     for width, loss, z in zip(widths, losses.tolist(), projections, strict=True)
@@ -179,21 +189,6 @@ class Trainer:
         else:
             for images in self.data.train.epoch(self.epoch, start_batch=self.batch):
                 yield images, None
-
-    def _read_losses(self) -> None:
-        """Wait for the losses of the steps since the last reading, and see that they are finite."""
-        if not self._unread:
-            return
-        values = iter(torch.cat([losses for _, _, losses in self._unread]).tolist())
-        for step, widths, _ in self._unread:
-            for width in widths:
-                loss = next(values)
-                if not math.isfinite(loss):
-                    raise TrainingError(
-                        f"the loss of width {width:.4g} is {loss} in step {step} (epoch {self.epoch + 1}). Nothing "
-                        "was saved since. Try a lower optimizer.lr, optimizer.clip_norm=1, or train.amp=none"
-                    )
-        self._unread.clear()
 
     def _evaluate(self, monitor: Monitor) -> None:
         """Evaluate the largest and the smallest width, and keep the weights with the best mean of the two."""
@@ -230,7 +225,6 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint (the main process, and if there is a folder)."""
         self._saved_at = time.monotonic()
-        self._read_losses()  # weights with an infinite loss behind them must not replace good ones
         if self.folder is not None and self.world.is_main:
             self.folder.save(self.state(), self.steps_done)
 
@@ -243,7 +237,6 @@ class Trainer:
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
             "sampler": self.sampler.state_dict(),
-            "rng": checkpoints.rng_state(),
             "epoch": self.epoch,
             "batch": self.batch,
             "best": self.best,
@@ -278,7 +271,6 @@ class Trainer:
         self.step.optimizer.load_state_dict(state["optimizer"])
         self.step.scaler.load_state_dict(state["scaler"])
         self.sampler.load_state_dict(state["sampler"])
-        checkpoints.set_rng_state(state["rng"])
         self.epoch, self.batch, self.best = state["epoch"], state["batch"], state["best"]
         self._resumed = True
         self.world.barrier()  # process 0 may move files about (fit) once all have read theirs
@@ -289,7 +281,7 @@ class Trainer:
         changes = [
             f"{key}: {old!r} then, {new!r} now"
             for key, old, new in differences(state["config"], to_dict(self.config))
-            if not key.startswith(NOT_COMPUTED)
+            if not key.startswith(NOT_COMPUTED) or (key == "data.workers" and self.config.data.name == "shards")
         ]
         if changes:
             raise CheckpointError(f"{path} belongs to a run with another configuration ({'; '.join(changes)})")

@@ -161,7 +161,6 @@ def import_checkpoint(config: Config, path: str | Path, out: str | Path) -> Impo
             "optimizer": make_optimizer(config.optimizer, method, config.regulariser.groups).state_dict(),
             "scaler": scaler.state_dict(),
             "sampler": make_sampler(config.sampler, config.train.epochs, config.train.seed).state_dict(),
-            "rng": checkpoints.rng_state(),
             "epoch": 0,
             "batch": 0,
             "best": None,

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from us3l.distributed import SINGLE, World
+
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """prediction [N, D], target [N, D] (no gradient reaches it, if it has none) -> scalar."""
 
@@ -22,15 +24,17 @@ RELATIVE = frozenset({"infonce", "relational", "cross_entropy"})
 (guidelines G1 and G2 of US3L). `kl` is none of them: it holds a sample to its own target, wherever that moves."""
 
 
-def criterion(name: str, temperature: float, target_temperature: float | None = None) -> Criterion:
+def criterion(
+    name: str, temperature: float, target_temperature: float | None = None, world: World = SINGLE
+) -> Criterion:
     """The loss that `name`, one of CRITERIA, stands for.
 
     temperature: of its softmax, where it has one. target_temperature: of that of the target (None: the same);
-    read by kl and relational.
+    read by kl and relational. world: the processes among which infonce finds its negatives.
     """
     temperatures = (temperature, temperature if target_temperature is None else target_temperature)
     losses: dict[str, Criterion] = {
-        "infonce": partial(info_nce, temperature=temperature),
+        "infonce": partial(info_nce, temperature=temperature, world=world),
         "cosine": negative_cosine,
         "mse": mean_squared_error,
         "kl": partial(kl_divergence, temperatures=temperatures),
@@ -51,12 +55,15 @@ def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
     return -F.cosine_similarity(_full_precision(prediction), _full_precision(target), dim=1).mean()
 
 
-def info_nce(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+def info_nce(a: Tensor, b: Tensor, temperature: float, world: World = SINGLE) -> Tensor:
     """NT-Xent loss (Chen et al., 2020, "SimCLR", eq. 1) of two batches [N, D] of matching samples, a scalar.
 
     Each of the 2N rows of [a; b] is classified among the other 2N - 1 (never itself); its positive is the row
     of the same sample in the other batch. Symmetric in a and b. A relative loss: a drift common to all
     targets cancels.
+
+    world: the processes whose rows are negatives too, with gradients through them. The loss is that of this process's
+    rows; its mean over the processes is the loss of one that has all samples.
     """
     _check_pair("info_nce", a, b)
     _check_temperatures("info_nce", temperature)
@@ -64,10 +71,11 @@ def info_nce(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     # A product under autocast would round the similarities to half precision before the softmax.
     with torch.autocast(a.device.type, enabled=False):
         z = F.normalize(torch.cat([_full_precision(a), _full_precision(b)]), dim=1)
-        logits = z @ z.T / temperature
-        logits = logits.masked_fill(torch.eye(2 * samples, dtype=torch.bool, device=z.device), -torch.inf)
-        positives = torch.arange(2 * samples, device=z.device).roll(samples)
-        return F.cross_entropy(logits, positives)
+        every = world.gather(z)
+        logits = z @ every.T / temperature  # [2N, 2N of every process]
+        own = _own_rows(len(z), world, z.device)
+        itself = own[:, None] == torch.arange(len(every), device=z.device)
+        return F.cross_entropy(logits.masked_fill(itself, -torch.inf), own.roll(samples))
 
 
 def info_nce_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -84,17 +92,19 @@ def info_nce_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float
         return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64))
 
 
-def in_batch_contrast(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+def in_batch_contrast(query: Tensor, key: Tensor, temperature: float, world: World = SINGLE) -> Tensor:
     """InfoNCE of queries [N, D] with the keys [N, D] of the batch: its own positive, the others negatives; a scalar.
 
     Times 2 * temperature, which makes the size of the gradient independent of it. Source: Chen, Xie and He, 2021,
     "MoCo v3", Algorithm 1.
+
+    world: the processes whose keys are negatives too, as for `info_nce`.
     """
     _check_pair("in_batch_contrast", query, key)
     _check_temperatures("in_batch_contrast", temperature)
     with torch.autocast(query.device.type, enabled=False):
-        logits = _unit(query) @ _unit(key).T / temperature
-        return 2 * temperature * F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+        logits = _unit(query) @ world.gather(_unit(key)).T / temperature  # [N, N of every process]
+        return 2 * temperature * F.cross_entropy(logits, _own_rows(len(query), world, query.device))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -174,6 +184,11 @@ def _full_precision(x: Tensor) -> Tensor:
 
 def _unit(x: Tensor) -> Tensor:
     return F.normalize(_full_precision(x), dim=1)
+
+
+def _own_rows(n: int, world: World, device: torch.device) -> Tensor:
+    """Where this process's n rows are among those of all, int64 [n]."""
+    return torch.arange(world.rank * n, (world.rank + 1) * n, device=device)
 
 
 def _kl(prediction: Tensor, target: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ It needs torch and this project alone: neither files of configuration nor data, 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from us3l.config import Config, OptimizerConfig
 from us3l.distributed import SINGLE, World
-from us3l.errors import ConfigError
+from us3l.errors import ConfigError, TrainingError
 from us3l.methods import Method
 from us3l.schedule import parameter_groups, set_group_regularisation
 from us3l_kernels import gradients
-from us3l_kernels.nn.batch_norm import SlicedBatchNorm
+from us3l_kernels.nn.batch_norm import SlicedBatchNorm, synchronise
 from us3l_kernels.optim import LARS, SGD, AdamW
 from us3l_kernels.plans import CudaGraphs, Plans
 from us3l_kernels.width import plan_key, set_width
@@ -48,8 +49,11 @@ class TrainStep:
     def __init__(self, config: Config, method: Method, world: World = SINGLE) -> None:
         self.config = config
         self.method = method
-        self.world = world
+        self.world = method.world = world
         self.device = next(method.parameters()).device
+        if config.train.sync_norms:
+            for network in (method, method.frozen_teacher) if config.method.target == "frozen" else (method,):
+                synchronise(network)
         self.teacher = method.ema()
         graphs = CudaGraphs(self.device) if use_graphs(config, method, self.device) else None
         with nullcontext() if graphs is None else graphs.stream():
@@ -60,17 +64,21 @@ class TrainStep:
         self._channels = lru_cache(maxsize=1024)(self._channels_at)
         self.optimizer = make_optimizer(config.optimizer, method, config.regulariser.groups)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
+        self.skipped = self.skipped_in_a_row = 0
 
     def __call__(
         self, images: Tensor, widths: Sequence[float], *, lr: float, alpha: float, labels: Tensor | None = None
     ) -> StepResult:
-        """Train on one batch; nothing in here waits for the device (but fp16, where the scaler must).
+        """Train on one batch.
 
         Args:
             images: [2B, C, H, W], two views of B images, view-major, on the device; [B, C, H, W] with labels.
             widths: largest first.
             lr: learning rate. alpha: of the group regularisation.
             labels: [B], int64, on the device, for a method that is `labelled`; they are its targets.
+
+        Raises:
+            TrainingError: more than `train.max_skipped` updates in a row were not finite.
         """
         with nullcontext() if self.plans is None else self.plans.stream():
             return self._train(images, widths, lr, alpha, labels)
@@ -81,21 +89,28 @@ class TrainStep:
         joint = self.config.train.step == "joint"
         if self.teacher is not None:
             self.teacher.update()
-        first = targets = labels if labels is not None else self._targets(images, widths[0])
+        parts = self._split(images)
+        targets = [*self._split(labels)] if labels is not None else [self._targets(part, widths[0]) for part in parts]
+        first = self._join(targets)
 
         losses, projections = [], []
+        skipped = self.skipped
         self.gradients.zero_()
         for index, width in enumerate(widths):
-            loss, projection, targets = self._pass(images, targets, width, full=index == 0)
-            losses.append(loss)
-            projections.append(projection)
+            of_parts = []
+            for i, part in enumerate(parts):
+                loss, projection, targets[i] = self._pass(part, targets[i], width, full=index == 0)
+                of_parts.append((loss, projection))
+            losses.append(torch.stack([loss for loss, _ in of_parts]).mean())
+            projections.append(self._join([projection for _, projection in of_parts]))
             if not joint:
                 # As published: the steps of width 1.0 leave the prediction heads out of the regulariser.
-                self._update(lr, alpha, regularise_predictors=width != 1.0)
+                self._update(lr, alpha, {width: losses[-1]}, regularise_predictors=width != 1.0)
                 self.gradients.zero_()
         if joint:
-            self._update(lr, alpha, regularise_predictors=True)
-        self.method.finish_iteration(first, self.world)
+            self._update(lr, alpha, dict(zip(widths, losses, strict=True)), regularise_predictors=True)
+        if self.skipped == skipped:  # what made a gradient infinite must not enter a queue
+            self.method.finish_iteration(first)
         return StepResult(torch.stack(losses), projections)
 
     def _targets(self, images: Tensor, width: float) -> Tensor | None:
@@ -118,7 +133,7 @@ class TrainStep:
         def work(images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
             with self.autocast():
                 loss, projection, targets = self.method(images, width=width, full=full, targets=targets)
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(loss / self.config.train.accumulate).backward()
             return loss.detach(), projection, targets
 
         if self.plans is None:
@@ -141,7 +156,24 @@ class TrainStep:
         dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.amp]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
-    def _update(self, lr: float, alpha: float, *, regularise_predictors: bool) -> None:
+    def _split(self, batch: Tensor) -> Sequence[Tensor]:
+        """The parts of a batch, `train.accumulate` of them, that pass through the network one by one."""
+        if self.config.train.accumulate == 1:
+            return [batch]
+        views = 1 if self.method.labelled else 2
+        parts = batch.unflatten(0, (views, -1)).chunk(self.config.train.accumulate, dim=1)
+        return [part.flatten(0, 1) for part in parts]
+
+    def _join(self, parts: Sequence[Tensor | None]) -> Any:
+        """What was computed of the parts, [2n, D] each, as if it was of the whole batch."""
+        if len(parts) == 1:
+            return parts[0]
+        views = 1 if self.method.labelled else 2
+        stacked = [part.unflatten(0, (views, -1)) for part in parts if part is not None]
+        return torch.cat(stacked, dim=1).flatten(0, 1) if stacked else None
+
+    def _update(self, lr: float, alpha: float, losses: dict[float, Tensor], *, regularise_predictors: bool) -> None:
+        """losses: those that the gradient is of, by width, for the error message."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.config.regulariser.kind == "group":
@@ -153,11 +185,38 @@ class TrainStep:
             )
         # The flat buffer holds the gradients of all widths: it is the one bucket of data-parallel training.
         self.world.average_(self.gradients.flat)
+        if self._skip(losses):
+            return
         if self.config.optimizer.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.method.student_parameters(), self.config.optimizer.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _skip(self, losses: dict[float, Tensor]) -> bool:
+        """Whether to leave out an update because its gradient is not finite; counts those left out.
+
+        The gradient is that of all processes, so that all decide alike. This is where the host waits for the device.
+        """
+        largest = torch.linalg.vector_norm(self.gradients.flat, torch.inf)
+        infinite = {width: loss.item() for width, loss in losses.items()} if not largest.isfinite() else {}
+        if infinite and self.scaler.is_enabled():
+            # The scaler leaves out what overflows and tries a smaller scale; with an infinite loss, none would do.
+            wrong = not all(math.isfinite(loss) for loss in infinite.values())
+            if not self.world.any(wrong, self.device):
+                infinite = {}
+        if not infinite:
+            self.skipped_in_a_row = 0
+            return False
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.config.train.max_skipped:
+            values = ", ".join(f"{loss:.4g} of width {width:.4g}" for width, loss in infinite.items())
+            raise TrainingError(
+                f"the gradient is not finite ({self.skipped_in_a_row} updates in a row; losses: {values}). The weights "
+                "are those before. Try a lower optimizer.lr, optimizer.clip_norm=1, or train.amp=none"
+            )
+        return True
 
 
 def use_graphs(config: Config, method: Method, device: torch.device) -> bool:
@@ -184,6 +243,9 @@ def why_no_graphs(method: Method, device: torch.device) -> str | None:
     """Why the passes of a width cannot be CUDA graphs; None if they can."""
     if device.type != "cuda":
         return f"CUDA graphs are for GPUs, train.device is {device}"
+    synchronised = any(isinstance(module, SlicedBatchNorm) and module.sync for module in method.modules())
+    if method.world.size > 1 and (synchronised or method.config.gather_negatives):
+        return "train.sync_norms and method.gather_negatives communicate inside the passes"
     if method.feature_distillation is not None:
         return "the features that method.feature_weight distils pass from one width to the next outside of the graphs"
     return None

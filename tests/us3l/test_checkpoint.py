@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -56,7 +58,7 @@ def state(run: Trainer) -> dict[str, Tensor]:
     tensors = {f"method.{key}": value for key, value in saved["method"].items()}
     for index, slots in saved["optimizer"]["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in slots.items()}
-    tensors["sampler"], tensors["rng"] = saved["sampler"]["generator"], saved["rng"]["torch"]
+    tensors["sampler"] = saved["sampler"]["generator"]
     return {key: value.clone() for key, value in tensors.items()}
 
 
@@ -349,12 +351,34 @@ def test_a_failed_write_leaves_the_old_file(saved: Path, monkeypatch: pytest.Mon
     whole = saved.read_bytes()
 
     def full(*_: object) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoints.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match="cannot be written: No space left on device.*--resume auto"):
         checkpoints.save(saved, {"format": 1})
-    assert saved.read_bytes() == whole
+    assert saved.read_bytes() == whole and list(saved.parent.glob("*.tmp")) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """The system refuses to write: that is an error for a checkpoint, and a warning for TensorBoard's files."""
+    console = Console(record=True, file=io.StringIO(), width=400)
+    run = trainer(tmp_path, "checkpoint.every_steps=3", "train.log_every=1", console=console)
+
+    def fill(*_: object) -> None:
+        if run.steps_done == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run.step.optimizer.register_step_pre_hook(fill)
+    try:
+        with pytest.raises(CheckpointError, match="step-000000006.pt cannot be written: File too large.*--resume auto"):
+            run.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.glob("*.pt*")] == ["step-000000003.pt"]
+    assert "TensorBoard's files cannot be written" in console.export_text()
+    assert trainer(tmp_path).resume("auto")
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:

@@ -1,17 +1,12 @@
-"""us3l.engine: one iteration against plain PyTorch, the schedule, guards, and two processes."""
+"""us3l.engine: one iteration against plain PyTorch, the schedule, and guards."""
 
 from __future__ import annotations
 
 import copy
 import io
-import os
-import socket
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,11 +14,10 @@ from rich.console import Console
 from torch import Tensor
 
 from us3l.config import Config, OptimizerConfig, load
-from us3l.distributed import World, launched
 from us3l.engine import Trainer, learning_rate, resolve_device
 from us3l.errors import ConfigError, TrainingError
 from us3l.evaluation import evaluate
-from us3l.methods import Method, build_method
+from us3l.methods import Method, StepOutput, build_method
 from us3l.monitor import Monitor, WidthReading
 from us3l.step import TrainStep
 
@@ -138,6 +132,33 @@ def test_clip_norm_bounds_the_update() -> None:
     assert moved.item() == pytest.approx(0.01, rel=1e-3)
 
 
+def test_a_batch_in_parts_is_one_update() -> None:
+    """Parts with statistics of their own: against an iteration that is written out."""
+    config = tiny("train.accumulate=2", "regulariser.kind=none", "optimizer.weight_decay=0.01")
+    ours, plain = double_method(config), double_method(config)
+    images = two_views()
+    step = TrainStep(config, ours)
+    losses = step(images, WIDTHS, lr=0.1, alpha=0.0).losses
+    optimizer = torch.optim.SGD(plain.student_parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+    parts = [torch.cat([images[start : start + 4], images[8 + start : 8 + start + 4]]) for start in (0, 4)]
+    m = config.method.momentum
+    assert plain.encoder_k is not None
+    with torch.no_grad():
+        for teacher, student in zip(plain.encoder_k.parameters(), plain.encoder_q.parameters(), strict=True):
+            teacher.copy_(m * teacher + (1 - m) * student)
+    total = torch.zeros(3, dtype=torch.float64)
+    for part in parts:
+        targets = plain.targets(part, width=1.0)
+        for i, width in enumerate(WIDTHS):
+            loss, _, targets = plain(part, width=width, full=i == 0, targets=targets)
+            (loss / 2).backward()
+            total[i] += loss.detach() / 2
+    optimizer.step()
+    torch.testing.assert_close(losses, total, rtol=1e-10, atol=1e-12)
+    for (key, a), b in zip(ours.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}")
+
+
 def weights_of(method: Method) -> Tensor:
     return torch.cat([p.detach().flatten() for p in method.student_parameters()])
 
@@ -220,19 +241,50 @@ def test_adamw_trains() -> None:
     assert all(not torch.equal(p, b) for p, b in zip(trainer.method.encoder_q.parameters(), before, strict=False))
 
 
-def test_infinite_loss_is_named(tmp_path: Path) -> None:
-    trainer = Trainer(tiny(f"checkpoint.dir={tmp_path}/run", "sampler.kind=sandwich"), console=Console(quiet=True))
-    calls = 0
+def poison(method: Method, *calls: int) -> None:
+    """Make the loss NaN in these forward passes, counted from 1."""
+    count = 0
 
-    def poison(module: Method, arguments: object, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal calls
-        calls += 1
-        return (output[0] * float("nan") if calls == 3 + 3 else output[0], *output[1:])
+    def spoil(module: Method, arguments: object, output: StepOutput) -> StepOutput:
+        nonlocal count
+        count += 1
+        return output._replace(loss=output.loss * float("nan")) if count in calls else output
 
-    trainer.method.register_forward_hook(poison)
-    with pytest.raises(TrainingError, match=r"loss of width 0\.25 is nan in step 2 \(epoch 1\)"):
+    method.register_forward_hook(spoil)
+
+
+@pytest.mark.parametrize("switch", ["train.step=joint", "train.step=per_width", "train.amp=fp16"])
+def test_a_step_without_a_finite_gradient_changes_nothing(switch: str) -> None:
+    config = tiny(switch, "method.name=moco_v2", "method.queue_size=40")
+    torch.manual_seed(0)
+    method = build_method(config).train()
+    step = TrainStep(config, method)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=64, enabled=step.scaler.is_enabled())
+    poison(method, 4, 5, 6)
+    for i in range(3):
+        before = {key: value.clone() for key, value in method.state_dict().items()}
+        step(two_views(i).float(), WIDTHS, lr=0.1, alpha=0.0)
+        changed = {key for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
+        if i == 1:  # the teacher follows the student, whose last update was a good one
+            assert all(key.startswith("encoder_k") for key in changed), changed
+        else:
+            assert "queue.keys" in changed and "encoder_q.conv1.weight" in changed
+    assert step.skipped == (3 if switch == "train.step=per_width" else 1) and step.skipped_in_a_row == 0
+    assert all(torch.isfinite(value).all() for value in method.state_dict().values())
+
+
+def test_too_many_infinite_gradients_in_a_row_end_the_run(tmp_path: Path) -> None:
+    console = Console(record=True, file=io.StringIO(), width=400)
+    trainer = Trainer(
+        tiny(f"checkpoint.dir={tmp_path}/run", "sampler.kind=sandwich", "train.max_skipped=2"), console=console
+    )
+    poison(trainer.method, 2, *range(6 + 1, 99))
+    with pytest.raises(TrainingError, match=r"not finite \(3 updates in a row; losses: nan of width 1, .* 0\.25"):
         trainer.fit()
-    assert trainer.folder is not None and list(trainer.folder) == []
+    assert all(torch.isfinite(p).all() for p in trainer.method.parameters())
+    text = console.export_text()
+    assert text.count("skipped so far") == 3 and "step 4: the gradient is not finite" in text
+    assert trainer.folder is not None and [path.name for path in trainer.folder] == ["step-000000004.pt"]
 
 
 def test_violating_all_guidelines_warns() -> None:
@@ -252,7 +304,7 @@ def read(monitor: Monitor, step: int, spread: float, rank: float, width: float =
 
 def test_collapse_is_said_once_per_width_and_not_in_the_first_epoch() -> None:
     console = Console(record=True, file=io.StringIO(), width=300)
-    monitor = Monitor(console, None, epochs=3, batches=10, step=0)
+    monitor = Monitor(console, None, epochs=3, batches=10, step=0, device=torch.device("cpu"))
     read(monitor, 5, spread=0.1, rank=1.0)
     read(monitor, 11, spread=0.9, rank=6.0)
     assert console.export_text() == ""
@@ -262,6 +314,45 @@ def test_collapse_is_said_once_per_width_and_not_in_the_first_epoch() -> None:
     assert text.count("collapsed") == 1 and "width 0.5" in text and "0.40" in text
     read(monitor, 14, spread=0.95, rank=1.5, width=1.0)  # all on a line
     assert "width 1 " in console.export_text()
+
+
+class FakeWandb:
+    """What is used of the package wandb."""
+
+    def __init__(self) -> None:
+        self.settings: list[dict[str, object]] = []
+        self.logged: dict[int, dict[str, float]] = {}
+        self.exit_codes: list[int] = []
+        self.id = "abc"
+
+    def init(self, **settings: object) -> FakeWandb:
+        self.settings.append(settings)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.setdefault(step, {}).update(values)
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_codes.append(exit_code)
+
+
+def test_weights_and_biases_get_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(f"checkpoint.dir={tmp_path}/mine", "train.wandb=us3l", "train.epochs=1", "train.max_skipped=0")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"train.wandb=us3l needs the package wandb.*us3l\[wandb\]"):
+        Trainer(config, console=Console(quiet=True)).fit()
+
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    broken = Trainer(config, console=Console(quiet=True))
+    poison(broken.method, 4)
+    with pytest.raises(TrainingError):
+        broken.fit()
+    Trainer(config, console=Console(quiet=True)).fit()
+    assert [settings["id"] for settings in wandb.settings] == [None, "abc"]  # the second goes on with the first's
+    assert wandb.settings[0]["project"] == "us3l" and wandb.settings[0]["name"] == "mine"
+    assert wandb.exit_codes == [1, 0]
+    assert {"lr", "images_per_second", "memory_gb", "loss/width_1", "spread/width_1"} <= wandb.logged[4].keys()
 
 
 def test_model_and_data_must_agree_in_channels() -> None:
@@ -274,103 +365,6 @@ def test_devices_that_are_not_there() -> None:
     for name in ("warp", "cuda:99"):
         with pytest.raises(ConfigError, match=f"train.device: cannot use '{name}'"):
             resolve_device(name)
-
-
-WORKER = """
-import sys, torch
-from rich.console import Console
-from us3l.config import load
-from us3l.distributed import launched
-from us3l.engine import Trainer
-
-with launched("cpu") as world:
-    torch.manual_seed(100 + world.rank)
-    trainer = Trainer(load(None, sys.argv[2:]), world=world, console=Console(quiet=True))
-    with torch.no_grad():  # process 0 alone decides where training starts: undo, then share again
-        for parameter in trainer.method.parameters():
-            parameter.add_(world.rank)
-    world.broadcast_(trainer.method)
-    widths, images = [], []
-    draw, step = trainer.sampler.draw, trainer.step
-    trainer.sampler.draw = lambda epoch: widths.append(draw(epoch)) or widths[-1]
-    trainer.step = lambda x, *a, **k: images.append(x.clone()) or step(x, *a, **k)
-    trainer.fit()
-    weights = {k: v.clone() for k, v in trainer.method.state_dict().items()}
-    torch.save({"weights": weights, "widths": widths, "images": images}, f"{sys.argv[1]}/{world.rank}.pt")
-"""
-
-
-def run_processes(folder: Path, size: int, overrides: Sequence[str], port: int) -> list[dict[str, Any]]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", WORKER, str(folder), *overrides]
-    processes = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank), "WORLD_SIZE": str(size)})
-        for rank in range(size)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * size
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(f"{folder}/{rank}.pt") for rank in range(size)]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def test_the_others_wait_long_for_process_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    given: dict[str, Any] = {}
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **options: given.update(options))
-    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
-    with launched("cpu") as world:
-        assert (world.rank, world.size) == (1, 2)
-    assert given["timeout"] >= timedelta(hours=1)
-
-
-class BesideAnother(World):
-    """A world of two, the other of which has the given gradients."""
-
-    def __init__(self, other: Tensor) -> None:
-        object.__setattr__(self, "other", other)
-
-    def average_(self, flat: Tensor) -> None:
-        flat.add_(self.other).div_(2)
-
-
-def test_two_processes_take_one_step_with_the_mean_gradient(tmp_path: Path) -> None:
-    overrides = [*TINY, "train.epochs=1", "data.train_samples=16", "sampler.kind=sandwich"]
-    first, second = run_processes(tmp_path, 2, overrides, free_port())
-    assert first["widths"] == second["widths"] and len(first["widths"]) == 1
-    assert not torch.equal(first["images"][0], second["images"][0])
-    for key, value in first["weights"].items():
-        assert torch.equal(value, second["weights"][key]), key
-
-    config, widths = load(None, overrides), first["widths"][0]
-    torch.manual_seed(config.train.seed)
-    method = build_method(config).to(memory_format=torch.channels_last).train()
-    other = TrainStep(config, copy.deepcopy(method))
-    other(second["images"][0], widths, lr=0.0, alpha=0.0)
-    both = TrainStep(config, method, BesideAnother(other.gradients.flat))
-    both(first["images"][0], widths, lr=config.optimizer.lr, alpha=config.regulariser.alpha)
-    for key, value in method.state_dict().items():
-        torch.testing.assert_close(first["weights"][key], value, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.slow
-def test_a_queue_takes_in_the_targets_of_all_processes(tmp_path: Path) -> None:
-    overrides = [
-        *TINY, "train.epochs=1", "data.train_samples=32", "sampler.kind=sandwich",
-        "method.name=moco_v2", "method.queue_size=48",
-    ]  # fmt: skip
-    first, second = run_processes(tmp_path, 2, overrides, free_port())
-    for key, value in first["weights"].items():
-        assert torch.equal(value, second["weights"][key]), key
-    assert int(first["weights"]["queue.position"]) == 2 * 2 * 2 * 8 % 48  # steps, processes, views, batch
 
 
 SUPERVISED = [

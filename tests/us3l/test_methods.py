@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from us3l import checkpoint as checkpoints
 from us3l.config import Config, MethodConfig, ModelConfig, SamplerConfig, from_dict, to_dict
-from us3l.distributed import SINGLE
 from us3l.errors import CheckpointError, ConfigError
 from us3l.losses import (
     cross_view,
@@ -239,7 +238,7 @@ def test_moco_v2_iteration(distillation: str) -> None:
     assert torch.equal(method.queue.keys, queue)
 
     for _ in range(3):  # 16 targets each, and room for 40
-        method.finish_iteration(first, SINGLE)
+        method.finish_iteration(first)
     keys = nn.functional.normalize(teacher, dim=1)
     _assert_same(method.queue.keys, torch.cat([keys[8:], keys[8:], keys, keys[:8]]))  # rows 0 to 7 a second time
     assert int(method.queue.position) == 8
@@ -248,7 +247,7 @@ def test_moco_v2_iteration(distillation: str) -> None:
 def test_queue_smaller_than_an_iteration_is_named() -> None:
     method = _method("moco_v2", **US3L)
     with pytest.raises(ConfigError, match="method.queue_size: expected at least 41.*got 40"):
-        method.finish_iteration(torch.randn(41, 6, dtype=torch.float64), SINGLE)
+        method.finish_iteration(torch.randn(41, 6, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("model", ["resnet_tiny", "vit_mini"])
@@ -295,7 +294,7 @@ def test_seed_iteration(teacher_file: Path) -> None:
     loss, _, targets = method(images, width=0.5, full=False, targets=targets)
     prediction = _views_apart(images, method.encoder_q, 0.5, method.aux_predictor)
     _assert_same(loss, negative_cosine(prediction, teacher))
-    method.finish_iteration(first, SINGLE)
+    method.finish_iteration(first)
     _assert_same(method.queue.keys[:16], nn.functional.normalize(teacher, dim=1))
     assert method.ema() is None and not any("teacher" in name for name in method.state_dict())
 

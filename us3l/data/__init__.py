@@ -13,6 +13,7 @@ from us3l.data import arrays
 from us3l.data.base import Data, EpochOrder, EvaluationLoader, Labelled, LinearLoader, TwoViewLoader
 from us3l.data.folder import IMAGENET_MEAN, IMAGENET_STD, find_images, folder_data, subset
 from us3l.data.recognition import RECOGNITION, download, recognition_images
+from us3l.data.shards import shard_data
 from us3l.data.tensors import tensor_data
 from us3l.errors import DataError
 
@@ -55,7 +56,11 @@ def make_data(
         test = subset(test, cfg.test_samples, "data.test_samples")
         order = EpochOrder(len(train), cfg.batch_size, seed, rank, world_size)
         size = image_size(cfg)
-        return folder_data(train, test, num_classes, order, size, cfg.crop_scale, cfg.workers, device)
+        return folder_data(
+            train, test, num_classes, order, size, cfg.crop_scale, cfg.workers, device, cfg.augment_on
+        )
+    if cfg.name == "shards":
+        return shard_data(cfg, image_size(cfg), seed, rank, world_size, device)
     size = image_size(cfg)
     data = _read(cfg, size)
     data = replace(
@@ -72,7 +77,7 @@ def image_size(cfg: DataConfig) -> int:
     native = SIZES.get(cfg.name)
     if native is None:
         raise DataError(f"unknown data.name={cfg.name}: expected one of {', '.join(SIZES)}")
-    if cfg.name in ("random", "image_folder", *RECOGNITION):
+    if cfg.name in ("random", "image_folder", "shards", *RECOGNITION):
         return cfg.size or native
     size = cfg.size or native
     if cfg.name == "fashion_mini" and size not in (14, 28):
@@ -86,7 +91,7 @@ def image_size(cfg: DataConfig) -> int:
 
 def normalisation(name: str, channels: int) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and deviation, per channel, that pixels in [0, 1] of the data set `name` are normalised by."""
-    if name == "image_folder" or name in RECOGNITION:
+    if name in ("image_folder", "shards") or name in RECOGNITION:
         return IMAGENET_MEAN, IMAGENET_STD
     in_memory = {
         "cifar10": (arrays.CIFAR10_MEAN, arrays.CIFAR10_STD),

@@ -7,6 +7,7 @@ the images' device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -19,6 +20,7 @@ from us3l.data.seeding import FloatArray
 
 JITTER_PROBABILITY, GREY_PROBABILITY = 0.8, 0.2
 BRIGHTNESS = CONTRAST = SATURATION = 0.4  # factors in 1 +- 0.4
+BLUR_PROBABILITY, BLUR_SIGMA = 0.5, (0.1, 2.0)  # pixels
 HUE = 0.1  # shift in +- 0.1 of the circle
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision
 
@@ -37,6 +39,8 @@ class Draw(IntEnum):
     SATURATION = 8
     HUE = 9
     GREY = 10
+    BLUR = 11
+    SIGMA = 12
 
 
 def crop_boxes(u: FloatArray, scale: Sequence[float]) -> FloatArray:
@@ -132,3 +136,22 @@ def jitter(images: Tensor, u: FloatArray) -> Tensor:
     images = adjust_hue(images, column(on * HUE * (2 * u[:, Draw.HUE] - 1)))
     grey = torch.from_numpy(u[:, Draw.GREY] < GREY_PROBABILITY).to(images.device).view(-1, 1, 1, 1)
     return torch.where(grey, to_grey(images), images)
+
+
+def blur(images: Tensor, u: FloatArray) -> Tensor:
+    """Gaussian blur (MoCo v2), of an image with probability 0.5 and a sigma of its own, uniform in [0.1, 2.0] pixels.
+
+    Two passes of one-dimensional filters, which are cut off at 3 times the largest sigma; borders are reflected.
+    images: float32 [n, C, H, W] of more than 6 pixels a side.
+    """
+    n, channels, height, width = images.shape
+    radius = math.ceil(3 * BLUR_SIGMA[1])
+    sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[:, Draw.SIGMA]
+    # So narrow a filter is the identity: images that are not blurred go through the same operations.
+    sigma = np.where(u[:, Draw.BLUR] < BLUR_PROBABILITY, sigma, 1e-3)
+    filters = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma[:, None]) ** 2)  # [n, 2 * radius + 1]
+    filters /= filters.sum(axis=1, keepdims=True)
+    weight = torch.from_numpy(filters.astype(np.float32)).to(images.device).repeat_interleave(channels, 0)
+    padded = F.pad(images, (radius, radius, radius, radius), mode="reflect")
+    rows = F.conv2d(padded.flatten(0, 1)[None], weight[:, None, None, :], groups=n * channels)
+    return F.conv2d(rows, weight[:, None, :, None], groups=n * channels).view(n, channels, height, width)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from us3l.data import augment
 from us3l.data.augment import BRIGHTNESS, CONTRAST, GREY_PROBABILITY, HUE, JITTER_PROBABILITY, SATURATION
 from us3l.data.base import Data, EpochOrder, Labelled, Part
-from us3l.data.seeding import IndexArray, Stream, keys, permutation
+from us3l.data.seeding import IndexArray, Stream, keys, permutation, uniforms
 from us3l.errors import DataError
 
 EVALUATION_BATCH = 256
@@ -56,6 +58,24 @@ def view_transform(size: int, crop_scale: Sequence[float]) -> Transform:
             *_to_normalised_tensor(),
         ]
     )
+
+
+def crop_transform(size: int, crop_scale: Sequence[float]) -> Transform:
+    """The part of `view_transform` that an image's size matters to: crop and flip, uint8. `finish_views` follows."""
+    return v2.Compose(
+        [v2.RandomResizedCrop(size, scale=tuple(crop_scale)), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    )
+
+
+def finish_views(views: Tensor, seed: int, epoch: int, indices: IndexArray) -> Tensor:
+    """Jitter, grey, blur and normalise two stacked views on their device, each image with numbers of its own.
+
+    views: uint8 [2B, 3, H, W] of `crop_transform`; indices: of the B images -> float32 [2B, 3, H, W].
+    """
+    streams = (Stream.VIEW_1, Stream.VIEW_2)
+    u = np.concatenate([uniforms(seed, epoch, indices, stream, len(augment.Draw)) for stream in streams])
+    images = augment.blur(augment.jitter(views.float().div_(255), u), u)
+    return v2.functional.normalize(images, list(IMAGENET_MEAN), list(IMAGENET_STD), inplace=True)
 
 
 def linear_transform(size: int, crop_scale: Sequence[float] = LINEAR_CROP) -> Transform:
@@ -93,7 +113,7 @@ class Images(Dataset[tuple[list[Tensor], int]]):
         image = read_image(path)
         views = []
         for stream in self.streams:
-            with _seeded(int(keys(self.seed, self.epoch, np.array([index]), stream)[0])):
+            with seeded(int(keys(self.seed, self.epoch, np.array([index]), stream)[0])):
                 views.append(self.transform(image))
         return views, label
 
@@ -108,9 +128,11 @@ class FolderTwoViews:
         transform: Transform,
         workers: int,
         device: torch.device,
+        augment_on: str = "workers",
     ) -> None:
         self.samples, self.order, self.transform = samples, order, transform
         self.workers, self.device = workers, device
+        self.augment_on = augment_on
 
     def __len__(self) -> int:
         return len(self.order)
@@ -118,7 +140,9 @@ class FolderTwoViews:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Tensor]:
         views = Images(self.samples, self.transform, self.order.seed, epoch, (Stream.VIEW_1, Stream.VIEW_2))
         batches = self.order.batches(epoch, start_batch)
-        return (images for images, _ in _load(views, batches, self.workers, self.device))
+        for (images, _), indices in zip(_load(views, batches, self.workers, self.device), batches, strict=True):
+            finished = self.augment_on == "workers"
+            yield images if finished else finish_views(images, self.order.seed, epoch, indices)
 
 
 class FolderLabelled:
@@ -178,10 +202,19 @@ class FolderEvaluation:
 def read_image(path: str) -> Image.Image:
     """Decode an image file as RGB; DataError with its path if it is broken."""
     try:
-        with Image.open(path) as image:
+        with open(path, "rb") as file:
+            return decode_image(file, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): put it back, or restart without it") from error
+
+
+def decode_image(file: BinaryIO, name: str) -> Image.Image:
+    """Decode an image as RGB; DataError with its name if it is broken."""
+    try:
+        with Image.open(file) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # PIL's ways to say broken, SyntaxError for PNG
-        raise DataError(f"{path} cannot be decoded ({error}): replace or remove the file") from error
+        raise DataError(f"{name} cannot be decoded ({error}): replace or remove the file") from error
 
 
 def find_images(root: str | None) -> tuple[list[Sample], list[Sample], int]:
@@ -220,9 +253,11 @@ def folder_data(
     crop_scale: Sequence[float],
     workers: int,
     device: torch.device,
+    augment_on: str = "workers",
 ) -> Data:
     """The loaders of the given samples."""
     evaluation = evaluation_transform(size)
+    views = (view_transform if augment_on == "workers" else crop_transform)(size, crop_scale)
 
     def part(indices: IndexArray, crop_scale: Sequence[float]) -> Part:
         chosen = [train[index] for index in indices]
@@ -232,7 +267,7 @@ def folder_data(
         )
 
     return Data(
-        train=FolderTwoViews(train, order, view_transform(size, crop_scale), workers, device),
+        train=FolderTwoViews(train, order, views, workers, device, augment_on),
         labelled=FolderLabelled(train, order, linear_transform(size, crop_scale), workers, device),
         train_eval=FolderEvaluation(train, evaluation, workers, device),
         test=FolderEvaluation(test, evaluation, workers, device),
@@ -258,7 +293,7 @@ def _image_folder(path: Path) -> ImageFolder:
 
 
 @contextmanager
-def _seeded(key: int) -> Iterator[None]:
+def seeded(key: int) -> Iterator[None]:
     """Seed torch's CPU generator, the one torchvision's transforms draw from, and put it back afterwards."""
     generator = torch.default_generator
     state = generator.get_state()
@@ -290,8 +325,15 @@ def _load(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # it draws a seed for its workers: not from the run's
     )
-    try:
+    with errors_of_workers():
         for views, labels in loader:
             yield views.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    except DataError as error:  # a worker's comes with its traceback in the message: keep the message
+
+
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """A DataError of a worker comes with its traceback in the message: keep the message."""
+    try:
+        yield
+    except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error

@@ -30,6 +30,8 @@ class Stream(IntEnum):
     LINEAR_VIEW = 3
     LINEAR_ORDER = 4
     SUBSET = 5
+    ITERATION = 6
+    SHARD_ORDER = 7
 
 
 def _mix(z: UInt64Array) -> UInt64Array:
@@ -51,6 +53,11 @@ def uniforms(seed: int, epoch: int, indices: IndexArray, stream: Stream, draws: 
     counters = np.arange(1, draws + 1, dtype=np.uint64) * _GAMMA
     bits = _mix(keys(seed, epoch, indices, stream)[:, None] + counters)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def iteration_seed(seed: int, step: int, rank: int) -> int:
+    """For the global generators in iteration `step` of process `rank`: every process has numbers of its own."""
+    return int(keys(seed, step, np.array([rank]), Stream.ITERATION)[0])
 
 
 def permutation(seed: int, epoch: int, n: int, stream: Stream) -> IndexArray:

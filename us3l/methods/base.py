@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from us3l.distributed import SINGLE, World
 from us3l.errors import ConfigError
 from us3l.losses import CRITERIA, RELATIVE, Criterion, criterion, cross_view
 from us3l.methods.features import FeatureDistillation, recorded
@@ -29,7 +30,6 @@ from us3l_kernels.width import Width, set_width, views
 
 if TYPE_CHECKING:
     from us3l.config import MethodConfig
-    from us3l.distributed import World
     from us3l.models import Backbone
 
 GUIDELINES = {
@@ -63,7 +63,7 @@ class Method(nn.Module):
         first = targets = method.targets(images, width=widths[0])
         for i, width in enumerate(widths):
             loss, projection, targets = method(images, width=width, full=i == 0, targets=targets)
-        method.finish_iteration(first, world)
+        method.finish_iteration(first)
 
     A method of its own is a subclass: an __init__(encoder, config, **widths) that builds its heads, and what differs
     of `base_loss`, `criterion`, `compare` and `live_targets`. Buffers (a queue, say) are saved with every checkpoint.
@@ -85,6 +85,8 @@ class Method(nn.Module):
     kinds_of_target: ClassVar[tuple[str, ...]] = ("momentum", "live", "frozen")
     """The values of `method.target` that make sense here."""
 
+    world: World = SINGLE
+    """The processes that train together, set by the engine."""
     encoder_q: Backbone
     encoder_k: Backbone | None
     predictor: MLP | None
@@ -129,6 +131,11 @@ class Method(nn.Module):
         """The student's projector, which is its encoder's `fc`."""
         return cast(MLP, self.encoder_q.fc)
 
+    @property
+    def negatives(self) -> World:
+        """The processes whose samples are negatives in InfoNCE: this one alone, unless they are gathered."""
+        return self.world if self.config.gather_negatives else SINGLE
+
     @cached_property
     def frozen_teacher(self) -> Backbone:
         """The trained network, with its projector, of the checkpoint `method.teacher`, at its largest width.
@@ -150,7 +157,7 @@ class Method(nn.Module):
 
     def criterion(self, name: str) -> Criterion:
         """The loss of the configured name; a method with a form of its own overrides this."""
-        return criterion(name, self.config.temperature, self.config.teacher_temperature)
+        return criterion(name, self.config.temperature, self.config.teacher_temperature, self.negatives)
 
     def base_loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Of the full width, and of all widths if nothing is distilled; on one view [N, D] each, as `compare` pairs."""
@@ -238,7 +245,7 @@ class Method(nn.Module):
         """Targets [2N, D] of the base loss when there is no teacher: the network's own projections, as constants."""
         return z.detach()
 
-    def finish_iteration(self, targets: Tensor | None, world: World) -> None:
+    def finish_iteration(self, targets: Tensor | None) -> None:
         """Called once, after all widths of an iteration, with what `targets()` gave; a queue takes them in here."""
 
     def student_parameters(self) -> list[nn.Parameter]:

@@ -20,7 +20,8 @@ class MoCoV3(Method):
 
     The published method has hidden_dim=4096, dim=256 and temperature=0.2 (ViT) or 1.0 (ResNet-50). A ViT's heads are a
     layer deeper and normalise their output, and its patch embedding stays as it was initialised, which keeps its
-    training stable (section 4 of the paper). Negatives are those of this process.
+    training stable (section 4 of the paper). With `gather_negatives`, those of
+    all processes are negatives, as in the published code.
     """
 
     base_losses: ClassVar = ("infonce",)
@@ -38,5 +39,5 @@ class MoCoV3(Method):
 
     def criterion(self, name: str) -> Criterion:
         if name == "infonce":
-            return partial(in_batch_contrast, temperature=self.config.temperature)
+            return partial(in_batch_contrast, temperature=self.config.temperature, world=self.negatives)
         return super().criterion(name)

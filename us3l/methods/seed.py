@@ -14,7 +14,6 @@ from us3l.methods.queue import Queue
 
 if TYPE_CHECKING:
     from us3l.config import MethodConfig
-    from us3l.distributed import World
     from us3l.models import Backbone
 
 
@@ -45,6 +44,6 @@ class SEED(Method):
     def compare(self, loss: Criterion, predictions: Tensor, targets: Tensor) -> Tensor:
         return loss(predictions, targets)
 
-    def finish_iteration(self, targets: Tensor | None, world: World) -> None:
+    def finish_iteration(self, targets: Tensor | None) -> None:
         assert targets is not None  # its target is never live
-        self.queue.push(world.gather(targets))
+        self.queue.push(self.world.gather_views(targets))

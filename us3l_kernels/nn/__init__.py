@@ -1,7 +1,7 @@
 """Drop-in modules for networks of many widths: the parameters and state_dict keys of their torch.nn
 namesakes."""
 
-from us3l_kernels.nn.batch_norm import SlicedBatchNorm1d, SlicedBatchNorm2d, SwitchableBatchNorm2d
+from us3l_kernels.nn.batch_norm import SlicedBatchNorm1d, SlicedBatchNorm2d, SwitchableBatchNorm2d, synchronise
 from us3l_kernels.nn.calibration import calibrating, load_statistics, statistics
 from us3l_kernels.nn.compat import SlimmableConv2d, SlimmableLinear, USBatchNorm2d, USConv2d, USLinear
 from us3l_kernels.nn.conv import SlicedConv2d
@@ -26,4 +26,5 @@ __all__ = [
     "load_statistics",
     "residual_block",
     "statistics",
+    "synchronise",
 ]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from us3l_kernels import functional
+from us3l_kernels.collectives import all_gather
 from us3l_kernels.width import FixedWidths, Sliced, active_channels, current_views, width_key
 
 if TYPE_CHECKING:
@@ -298,21 +299,11 @@ class SwitchableBatchNorm2d(PrivateBatchNorms2d):
         self.num_features = num_features
 
 
-class _AllGather(torch.autograd.Function):
-    """[...] on every rank -> [ranks, ...] on every rank; its backward sums what the ranks send back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, x.contiguous(), group=group)
-        return torch.stack(gathered)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[dist.get_rank(ctx.group)], None
+def synchronise(model: nn.Module) -> None:
+    """Make all batch norms of `model` take their statistics over all ranks (`sync`), as if their batches were one."""
+    for module in model.modules():
+        if isinstance(module, SlicedBatchNorm):
+            module.sync = True
 
 
 def _synchronised_statistics(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,7 +316,7 @@ def _synchronised_statistics(x: Tensor, group: dist.ProcessGroup) -> tuple[Tenso
     n = samples * length
     var, mean = torch.var_mean(x, dim=(1, 3), correction=0)
     local = torch.cat([x.new_full((views, 1), n), mean, var * n], dim=1)
-    counts, means, m2 = _AllGather.apply(local, group).split([1, channels, channels], dim=-1)
+    counts, means, m2 = all_gather(local, group).split([1, channels, channels], dim=-1)
     count = counts.sum(0)
     mean = (counts * means).sum(0) / count
     return count, mean, (m2 + counts * (means - mean).square()).sum(0) / count
