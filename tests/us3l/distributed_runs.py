@@ -63,8 +63,8 @@ FEW = {
 
 
 def configuration(case: str, size: int) -> Config:
-    """Of one of `size` processes; a single one accumulates over four parts where `case` says so."""
-    parts = ["train.accumulate=4"] if case.startswith("accumulated") and size == 1 else []
+    """Of one of `size` processes; where `case` says so, they have four parts together, each with its own statistics."""
+    parts = [f"train.accumulate={4 // size}"] if case.startswith("accumulated") else []
     return load(None, [*TINY, *EQUAL[case], *parts, f"data.batch_size={BATCH // size}"])
 
 
