@@ -90,7 +90,9 @@ class TrainStep:
         if self.teacher is not None:
             self.teacher.update()
         parts = self._split(images)
-        targets = [*self._split(labels)] if labels is not None else [self._targets(part, widths[0]) for part in parts]
+        targets: list[Tensor | None] = (
+            [*self._split(labels)] if labels is not None else [self._targets(part, widths[0]) for part in parts]
+        )
         first = self._join(targets)
 
         losses, projections = [], []
