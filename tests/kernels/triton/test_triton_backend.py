@@ -45,7 +45,7 @@ def test_it_declines_tensors_that_are_not_on_a_gpu():
         (images(64).contiguous(), 3, 64, {}, "copied to channels_last"),
         (images(64, torch.float32), 3, 64, {}, "half precision"),
     ],
-    ids=str,
+    ids=lambda value: "x".join(map(str, value.shape)) if isinstance(value, torch.Tensor) else str(value),
 )
 def test_auto_takes_it_where_it_is_predicted_to_pay(x, kernel, out, change, reason):
     weight = torch.empty(2048, 512, kernel, kernel)
