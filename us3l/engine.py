@@ -161,12 +161,11 @@ class Trainer:
             # Nothing of ours draws in here, but a method of somebody's own may. Such numbers go on after a resume, too.
             torch.manual_seed(iteration_seed(config.train.seed, self.steps_done, self.world.rank))
             random.seed(iteration_seed(config.train.seed, self.steps_done, self.world.rank))
-            skipped = self.step.skipped
-            losses, projections = self.step(images, widths, lr=lr, alpha=alpha, labels=labels)
+            losses, projections, skipped = self.step(images, widths, lr=lr, alpha=alpha, labels=labels)
 
             self.batch += 1
-            if self.step.skipped > skipped:
-                monitor.skipped(self.steps_done, self.step.skipped)
+            if skipped:
+                monitor.skipped(self.steps_done, skipped)
             monitor.step(self.steps_done, config.data.batch_size * self.world.size)
             reading_due = self.steps_done % config.train.log_every == 0 or self.batch == batches
             if reading_due:

@@ -120,6 +120,7 @@ class Monitor:
         self._collapsed: set[str] = set()
         self._readings: Sequence[WidthReading] = []
         self._images, self._speed = 0, ""
+        self._skipped = 0
         self._since = time.monotonic()
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -191,14 +192,12 @@ class Monitor:
                     warning=True,
                 )
 
-    def skipped(self, step: int, total: int) -> None:
-        """The update of step `step` was left out; `total` have been in this run."""
-        self.scalars(step, {"skipped_updates": total})
-        say(
-            self.console,
-            f"step {step}: the gradient is not finite; the weights stay as they are ({total} updates skipped so far)",
-            warning=True,
-        )
+    def skipped(self, step: int, updates: int) -> None:
+        """Updates of step `step` were left out."""
+        self._skipped += updates
+        self.scalars(step, {"skipped_updates": self._skipped})
+        so_far = f"{self._skipped} updates skipped so far"
+        say(self.console, f"step {step}: the gradient is not finite; the weights stay as they are ({so_far})", warning=True)
 
     def epoch_done(self, epoch: int) -> None:
         """One lasting line per epoch (`epoch` of them are done), the record where there is no terminal."""

@@ -30,10 +30,13 @@ log = logging.getLogger("us3l")
 
 
 class StepResult(NamedTuple):
-    """losses: [W], one per width, on the device. projections: W detached tensors [2B, D] (us3l.methods.StepOutput)."""
+    """losses: [W], one per width, on the device. projections: W detached tensors [2B, D] (us3l.methods.StepOutput).
+    skipped: updates that were left out because their gradient was not finite.
+    """
 
     losses: Tensor
     projections: list[Tensor]
+    skipped: int
 
 
 class TrainStep:
@@ -64,7 +67,7 @@ class TrainStep:
         self._channels = lru_cache(maxsize=1024)(self._channels_at)
         self.optimizer = make_optimizer(config.optimizer, method, config.regulariser.groups)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
-        self.skipped = self.skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
 
     def __call__(
         self, images: Tensor, widths: Sequence[float], *, lr: float, alpha: float, labels: Tensor | None = None
@@ -96,7 +99,7 @@ class TrainStep:
         first = self._join(targets)
 
         losses, projections = [], []
-        skipped = self.skipped
+        skipped = 0
         self.gradients.zero_()
         for index, width in enumerate(widths):
             of_parts = []
@@ -107,13 +110,13 @@ class TrainStep:
             projections.append(self._join([projection for _, projection in of_parts]))
             if not joint:
                 # As published: the steps of width 1.0 leave the prediction heads out of the regulariser.
-                self._update(lr, alpha, {width: losses[-1]}, regularise_predictors=width != 1.0)
+                skipped += self._update(lr, alpha, {width: losses[-1]}, regularise_predictors=width != 1.0)
                 self.gradients.zero_()
         if joint:
-            self._update(lr, alpha, dict(zip(widths, losses, strict=True)), regularise_predictors=True)
-        if self.skipped == skipped:  # what made a gradient infinite must not enter a queue
+            skipped += self._update(lr, alpha, dict(zip(widths, losses, strict=True)), regularise_predictors=True)
+        if not skipped:  # what made a gradient infinite must not enter a queue
             self.method.finish_iteration(first)
-        return StepResult(torch.stack(losses), projections)
+        return StepResult(torch.stack(losses), projections, skipped)
 
     def _targets(self, images: Tensor, width: float) -> Tensor | None:
         """Of the teacher, if there is one."""
@@ -174,8 +177,8 @@ class TrainStep:
         stacked = [part.unflatten(0, (views, -1)) for part in parts if part is not None]
         return torch.cat(stacked, dim=1).flatten(0, 1) if stacked else None
 
-    def _update(self, lr: float, alpha: float, losses: dict[float, Tensor], *, regularise_predictors: bool) -> None:
-        """losses: those that the gradient is of, by width, for the error message."""
+    def _update(self, lr: float, alpha: float, losses: dict[float, Tensor], *, regularise_predictors: bool) -> bool:
+        """Whether it had to be left out. losses: those that the gradient is of, by width, for the error message."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.config.regulariser.kind == "group":
@@ -187,16 +190,17 @@ class TrainStep:
             )
         # The flat buffer holds the gradients of all widths: it is the one bucket of data-parallel training.
         self.world.average_(self.gradients.flat)
-        if self._skip(losses):
-            return
+        if self._not_finite(losses):
+            return True
         if self.config.optimizer.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.method.student_parameters(), self.config.optimizer.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        return False
 
-    def _skip(self, losses: dict[float, Tensor]) -> bool:
-        """Whether to leave out an update because its gradient is not finite; counts those left out.
+    def _not_finite(self, losses: dict[float, Tensor]) -> bool:
+        """Whether to leave out an update because its gradient is not finite; raises after too many in a row.
 
         The gradient is that of all processes, so that all decide alike. This is where the host waits for the device.
         """
@@ -210,7 +214,6 @@ class TrainStep:
         if not infinite:
             self.skipped_in_a_row = 0
             return False
-        self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.config.train.max_skipped:
             values = ", ".join(f"{loss:.4g} of width {width:.4g}" for width, loss in infinite.items())

@@ -136,15 +136,16 @@ def dying(folder: Path, die: bool) -> dict[str, Any]:
 
         def drawn(epoch: int) -> list[float]:
             widths.append(draw(epoch))
-            numbers.append(torch.rand(()).item())
             return widths[-1]
 
-        def kill(*_: object) -> None:
+        def before_forward(*_: object) -> None:
+            if len(numbers) < len(widths):
+                numbers.append(torch.rand(()).item())
             if die and not resumed and run.steps_done == 5 and world.rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         run.sampler.draw = drawn  # type: ignore[method-assign]
-        run.step.optimizer.register_step_pre_hook(kill)
+        run.method.register_forward_pre_hook(before_forward)
         start = run.steps_done
         run.fit()
         weights = {key: value.clone() for key, value in run.method.state_dict().items()}
@@ -155,13 +156,16 @@ def launch(size: int, task: Callable[..., dict[str, Any]], *arguments: Any, rest
     """What `task` returns in every process of a world, by rank."""
     settings = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=size, run_id=f"{task.__name__}{size}", rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0", max_restarts=restarts, monitor_interval=0.1, start_method="forkserver",
+        rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=restarts, monitor_interval=0.1,
+        start_method="forkserver",
     )  # fmt: skip
     return elastic_launch(settings, task)(*arguments)
 
 
 if __name__ == "__main__":
-    multiprocessing.set_forkserver_preload(["__main__"])
+    multiprocessing.set_forkserver_preload(
+        ["us3l.engine", "torch.utils.tensorboard", "torch.distributed.launcher.api"]  # what takes time to import
+    )
     folder, everything = Path(sys.argv[1]), sys.argv[2] == "all"
     cases = {size: list(EQUAL) if everything else FEW[size] for size in (2, 4)}
     results: dict[str, Any] = {size: launch(size, equality, cases[size]) for size in cases}
