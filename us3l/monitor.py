@@ -196,8 +196,8 @@ class Monitor:
         """Updates of step `step` were left out."""
         self._skipped += updates
         self.scalars(step, {"skipped_updates": self._skipped})
-        so_far = f"{self._skipped} updates skipped so far"
-        say(self.console, f"step {step}: the gradient is not finite; the weights stay as they are ({so_far})", warning=True)
+        what = f"the gradient is not finite; the weights stay as they are ({self._skipped} updates skipped so far)"
+        say(self.console, f"step {step}: {what}", warning=True)
 
     def epoch_done(self, epoch: int) -> None:
         """One lasting line per epoch (`epoch` of them are done), the record where there is no terminal."""

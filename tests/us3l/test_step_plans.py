@@ -78,7 +78,7 @@ def train(config: Config, capture: Any) -> tuple[list[torch.Tensor], TrainStep]:
         images = torch.randn(8 if method.labelled else 16, 3, 8, 8, generator=generator)
         labels = torch.randint(10, (8,), generator=generator) if method.labelled else None
         images = images.to(memory_format=torch.channels_last)
-        losses, projections = step(images, widths, lr=0.1, alpha=0.05, labels=labels)
+        losses, projections, _ = step(images, widths, lr=0.1, alpha=0.05, labels=labels)
         results += [losses, *projections, *[value.clone() for value in method.state_dict().values()]]
     return results, step
 
