@@ -85,7 +85,7 @@ def _run(
         if turn >= WARMUP:
             seconds.append(time.perf_counter() - start)
             sent.append(_sent_bytes() - before)
-    parts = {name: median(values[WARMUP:]) * 1e3 for name, values in step.seconds.items()}
+    parts = step.parts(images, steps) if isinstance(step, _US3L) else {}
     weights = sum(p.numel() * p.element_size() for p in method.student_parameters())
     dist.destroy_process_group()
     return {"sent_bytes": median(sent), "weight_bytes": weights, "step_ms": median(seconds) * 1e3} | parts
@@ -97,25 +97,24 @@ class _US3L:
     def __init__(self, settings: Settings, method: Method, world: World) -> None:
         self.settings = settings
         self.step = TrainStep(trainer_config(settings, "joint"), method, world)
-        self.seconds: dict[str, list[float]] = {"all_reduce_ms": [], "last_backward_ms": []}
-        average = World.average_
-
-        def timed(of: World, flat: Tensor) -> None:
-            # Processes that wait for the slowest one are not communicating yet.
-            dist.barrier()
-            start = time.perf_counter()
-            average(of, flat)
-            self.seconds["all_reduce_ms"].append(time.perf_counter() - start)
-
-        World.average_ = timed  # type: ignore[method-assign]
 
     def __call__(self, images: Tensor) -> None:
         self.step(images, self.settings.widths, lr=self.settings.lr, alpha=self.settings.alpha)
+
+    def parts(self, images: Tensor, repeats: int) -> dict[str, float]:
+        """Medians (ms) of the all-reduce, with nobody to wait for, and of the backward of the last width."""
         targets = self.step.method.targets(images, width=1.0)
-        loss = self.step.method(images, width=self.settings.widths[-1], full=False, targets=targets).loss
-        start = time.perf_counter()
-        loss.backward()
-        self.seconds["last_backward_ms"].append(time.perf_counter() - start)
+        seconds: dict[str, list[float]] = {"all_reduce_ms": [], "last_backward_ms": []}
+        for _ in range(WARMUP + repeats):
+            loss = self.step.method(images, width=self.settings.widths[-1], full=False, targets=targets).loss
+            start = time.perf_counter()
+            loss.backward()
+            seconds["last_backward_ms"].append(time.perf_counter() - start)
+            dist.barrier()
+            start = time.perf_counter()
+            self.step.world.average_(self.step.gradients.flat)
+            seconds["all_reduce_ms"].append(time.perf_counter() - start)
+        return {name: median(values[WARMUP:]) * 1e3 for name, values in seconds.items()}
 
 
 class _DDP:
@@ -129,7 +128,6 @@ class _DDP:
         # A width leaves a predictor unused, so that it has to look for what is.
         self.network: nn.Module = DistributedDataParallel(method, find_unused_parameters=True)
         self.optimizer = SGD(method.student_parameters(), settings.lr, settings.momentum, settings.weight_decay)
-        self.seconds: dict[str, list[float]] = {}
 
     def __call__(self, images: Tensor) -> None:
         self.teacher.update()

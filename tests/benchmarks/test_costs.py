@@ -1,4 +1,4 @@
-"""Random widths, memory and scaling of a step: tiny ones, for the form of the results."""
+"""Random widths, memory, scaling, loading and communication of a step: tiny ones, for the form of the results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from benchmarks import memory, scaling, step, tables, widths
+from benchmarks import communication, data, memory, scaling, step, tables, widths
 from benchmarks.rivals import Settings
 
 TINY = Settings(model="resnet_tiny", hidden_dim=32, dim=16, widths=(1.0, 0.25))
@@ -92,3 +92,21 @@ def test_a_single_width_needs_no_auxiliary_head():
     images = step.random_images(settings, size=8, batch=4)[0]
     side = step.US3L(settings, step.initial_weights(settings), policy="joint")
     assert torch.isfinite(side.step(images)).all()
+
+
+def test_every_way_of_loading_is_timed_beside_the_step():
+    result = data.measure(TINY, size=16, batch=4, workers=[0], images=8, seconds=0.01)
+    ways = [(row["path"], row["augment_on"]) for row in result["rows"]]
+    assert ways == [(path, on) for path in ("image_folder", "shards") for on in ("workers", "device")] + [
+        ("memory", "device")
+    ]
+    assert all(row["images_per_second"] > 0 for row in [*result["rows"], result["step"]])
+
+
+@pytest.mark.slow
+def test_one_reduction_sends_a_share_of_one_for_every_width():
+    settings = replace(TINY, widths=(1.0, 0.5, 0.25), hidden_dim=256)  # weights that outweigh the messages' headers
+    result = communication.measure(settings, size=16, batch=4, processes=2, steps=1)
+    sent = result["readings"]["us3l"]["sent_bytes"]
+    assert sent == pytest.approx(result["readings"]["us3l"]["weight_bytes"], rel=0.05)
+    assert result["ratios"]["ddp"] == pytest.approx(3, rel=0.05)
