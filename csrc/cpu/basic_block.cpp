@@ -201,7 +201,7 @@ void block_forward(const Tensor& x, const std::optional<Tensor>& weight1, const 
     const WinogradPlan plan(x, c1.size(1));
     convolve<T>(x, nullptr, winograd_filters_of(op, plan, *weight1, filters1, false), plan, eps1, c1, mean1, rstd1);
   } else {
-    const int64_t parts = kPartsOfThread * torch::stable::get_num_threads();
+    const int64_t parts = balanced_parts(c1.size(0), 1);
     MomentsOfImages<T> moments(dense_pixels<T>(c1), c1.size(2) * c1.size(3), parts, mean1.size(0),
                                c1.size(0) / mean1.size(0));
     parallel(parts, [&](int64_t i) { moments.add(i, part(c1.size(0), i, parts)); });

@@ -69,9 +69,7 @@ struct Tasks {
 
   template <class F>
   void run(const F& f) const {
-    torch::stable::parallel_for(0, count(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f((*this)[i]);
-    });
+    parallel(count(), [&](int64_t i) { f((*this)[i]); });
   }
 };
 

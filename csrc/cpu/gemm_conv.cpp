@@ -88,12 +88,6 @@ struct Columns {
   int64_t count() const { return (taps.end - taps.begin) * (channels.end - channels.begin); }
 };
 
-// The distance of two rows of a block. Those of a multiple of 512 bytes would share few sets of the L1 cache.
-int64_t row_of(int64_t columns) {
-  const int64_t row = round_up(columns, 16);
-  return row % 128 == 0 ? row + 16 : row;
-}
-
 // Calls f(image, i, j, count) for the rows of a grid, and parts of them, that a range of its points consists of.
 template <class F>
 void for_rows(Range points, int64_t height, int64_t width, const F& f) {
@@ -263,8 +257,7 @@ void multiply(const Gemm<T>& gemm, const Samples& s, const PackedFilters& filter
 
   // Threads have points of their own or, with few points, channels.
   const int64_t column_parts = points >= threads * kLeastRows ? 1 : std::min(threads, panels);
-  const int64_t point_parts =
-      column_parts > 1 ? 1 : threads == 1 ? 1 : std::clamp(points / kMostRows, threads, kPartsOfThread * threads);
+  const int64_t point_parts = column_parts > 1 ? 1 : balanced_parts(points, kMostRows);
 
   // As many taps at a time as fit; all of them in place.
   const int64_t taps = s.taps.size();

@@ -37,8 +37,8 @@ template <class T>
 void convolve_input_gradient(const Images<const T>& dy, const Weight<const float>& w, const Geometry& geometry,
                              const Images<T>& dx);
 
-// Adds to dw, and the sums of dy over all pixels to db [K] where that is not null (of float32
-// only). Pixels of dy are at one distance.
+// Adds to dw, and the sums of dy over all pixels to db [K] where that is not null (of float32 only). Pixels of dy are at
+// one distance.
 template <class T>
 void convolve_weight_gradient(const Images<const T>& x, const Images<const T>& dy, const Geometry& geometry,
                               const Weight<float>* dw, double* db);

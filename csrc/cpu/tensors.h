@@ -129,10 +129,24 @@ void parallel(int64_t count, const F& f) {
   });
 }
 
-// Into how many parts to cut work, for each thread: more would balance better, and cost more around each part.
-constexpr int64_t kPartsOfThread = 4;
+// Into how many parts to cut n items of work: several for a thread, so that threads stay in balance, but parts of at least
+// `least` items if these are enough for all threads.
+inline int64_t balanced_parts(int64_t n, int64_t least) {
+  constexpr int64_t kPartsOfThread = 4;  // more would cost more around each part than they gain
+  const int64_t threads = torch::stable::get_num_threads();
+  return threads == 1 ? 1 : std::clamp(n / least, threads, kPartsOfThread * threads);
+}
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The distance of two of many parallel streams: an odd number of cache lines, or they would share few sets of the cache.
+inline int64_t odd_lines(int64_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }
+
+// The distance of two rows of a block; those of a multiple of 512 bytes get a line more, against the same sharing of sets.
+inline int64_t row_of(int64_t columns) {
+  const int64_t row = round_up(columns, 16);
+  return row % 128 == 0 ? row + 16 : row;
+}
 
 struct Range {
   int64_t begin, end;

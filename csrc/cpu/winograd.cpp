@@ -196,16 +196,12 @@ int64_t WinogradPlan::blocks(int64_t tiles) const {
   return (tiles + block - 1) / block;
 }
 
-// Into how many parts to cut the images: several for a thread, if these are whole blocks.
-int64_t WinogradPlan::parts() const {
-  if (threads == 1) return 1;
-  return std::clamp(grid.tiles() / (kMostTiles / 2), threads, kPartsOfThread * threads);
-}
+int64_t WinogradPlan::parts() const { return balanced_parts(grid.tiles(), kMostTiles / 2); }
 
 // The same where each part has sums of its own that go through the cache.
 int64_t WinogradPlan::parts_with_filter_gradients() const {
   const int64_t size = kPositions * out * round_up(in, 16) * 4;
-  return std::clamp(((int64_t{8} << 20) / size) / threads * threads, threads, std::max(threads, parts()));
+  return std::clamp(((int64_t{8} << 20) / size) / threads * threads, threads, parts());
 }
 
 template <class T>

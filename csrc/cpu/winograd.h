@@ -19,15 +19,6 @@
 
 namespace us3l {
 
-// The distance of two of many parallel streams: an odd number of cache lines, or they would share few sets of the cache.
-inline int64_t odd_lines(int64_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }
-
-// Rows of transformed tiles; those of a multiple of 512 bytes get a line more, against the same sharing of sets.
-inline int64_t row_of(int64_t channels) {
-  const int64_t row = round_up(channels, 16);
-  return row % 128 == 0 ? row + 16 : row;
-}
-
 struct WinogradPlan {
   // The rows of a product share what they read of its right side; more of them gain nothing.
   static constexpr int64_t kMostTiles = 112;

@@ -48,11 +48,6 @@ struct Plan {
     const int64_t block = std::clamp(fit, least, WinogradPlan::kMostTiles);
     return (tiles + block - 1) / block;
   }
-
-  // Into how many parts to cut the tiles: several for a thread, if these are whole blocks.
-  int64_t parts() const {
-    return threads == 1 ? 1 : std::clamp(tiles() / WinogradPlan::kMostTiles, threads, kPartsOfThread * threads);
-  }
 };
 
 struct SlotsMemory : s2::Slots {
@@ -147,7 +142,7 @@ void forward(const Plan& plan, Pixels<const float> x, Filters<const float> w, co
   const int64_t tiles = plan.tiles();
   if (plan.by_channels()) {
     const SlotsMemory v(Scratch::kInput, tiles, plan.in);
-    parallel_parts(tiles, kPartsOfThread * plan.threads, [&](Range r) {
+    parallel_parts(tiles, balanced_parts(tiles, 1), [&](Range r) {
       plan.kernels.transform_input(plan.input, {r.begin, r.end - r.begin}, x, v.from_row(r.begin));
     });
     parallel_channels(plan, plan.out, Plan::kBlockChannels, [&](Range channels) {
@@ -162,7 +157,7 @@ void forward(const Plan& plan, Pixels<const float> x, Filters<const float> w, co
 
   const PlaneFilters u(plan, w, true);
   parallel(u.panels(), [&](int64_t i) { u.transform({i, i + 1}); });
-  parallel_parts(tiles, plan.parts(), [&](Range own) {
+  parallel_parts(tiles, balanced_parts(tiles, WinogradPlan::kMostTiles), [&](Range own) {
     const int64_t blocks = plan.blocks(own.end - own.begin), block = (own.end - own.begin + blocks - 1) / blocks;
     const SlotsMemory v(Scratch::kInput, block, plan.in);
     const PositionsMemory m(Scratch::kOutput, block, plan.out);
@@ -208,7 +203,7 @@ void backward(const Plan& plan, Pixels<const float> dy, Pixels<const float> x, F
     const PositionsMemory m(Scratch::kOutput, tiles, plan.out);
     std::optional<SlotsMemory> v;
     if (dw != nullptr) v.emplace(Scratch::kInput, tiles, plane);
-    parallel_parts(tiles, kPartsOfThread * plan.threads, [&](Range r) {
+    parallel_parts(tiles, balanced_parts(tiles, 1), [&](Range r) {
       const Tiles part{r.begin, r.end - r.begin};
       plan.kernels.transform_gradient(plan.output, part, dy, m.from_row(r.begin));
       if (v) plan.kernels.transform_input(plan.input, part, x, v->from_row(r.begin));
