@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks import (
     communication,
@@ -28,6 +28,8 @@ from benchmarks import (
 from benchmarks import widths as random_widths
 from benchmarks.rivals import MODELS, Settings
 from benchmarks.roofline import Machine
+from us3l.models import MODELS as ALL_MODELS
+from us3l.models.vit import SLICINGS
 
 Number = TypeVar("Number", int, float)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -353,11 +355,12 @@ def data_command(
 
 @app.command("roofline")
 def roofline_command(
-    model: Model = "resnet18",
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(ALL_MODELS)}.")] = "resnet18",
     size: Input = 32,
     stem: Stem = "auto",
     batch: Batch = 128,
     widths: Widths = "1.0,0.625,0.25",
+    slicing: Annotated[str, typer.Option(help=f"Of a ViT: one of {', '.join(SLICINGS)}.")] = "input",
     tflops: Annotated[float, typer.Option(min=0.001, help="Peak of bf16 matrix products.")] = Machine.tflops,
     tbps: Annotated[float, typer.Option(min=0.001, help="Bandwidth of the memory, TB/s.")] = Machine.tbps,
     launch_us: Annotated[float, typer.Option(min=0, help="Of the host, for a kernel.")] = Machine.launch_us,
@@ -367,15 +370,17 @@ def roofline_command(
 ) -> None:
     """What a step must compute, move and launch on a GPU, modelled for several ways to run it (measures nothing)."""
     result = roofline.measure(
-        _one_of("--model", model, MODELS),
+        _one_of("--model", model, ALL_MODELS),
         stem=_stem(stem, size),
         size=size,
         batch=batch,
         widths=_widths(widths),
+        slicing=_one_of("--slicing", slicing, SLICINGS),
         machine=Machine(tflops, tbps, launch_us, gap_us, kernel_us),
     )
     parts = list(dict.fromkeys(part for row in result["parts"].values() for part in row))
-    table = Table("", "wall ms", "kernels", "TFLOP", "GB", *parts, title=f"{model}, {size} px, {batch} per view")
+    columns = [Column(name, overflow="fold") for name in ("", "wall ms", "kernels", "TFLOP", "GB", *parts)]
+    table = Table(*columns, title=f"{model}, {size} px, {batch} per view")
     for name, row in result["rows"].items():
         spent = [f"{result['parts'][name].get(part, 0):.1f}" for part in parts]
         counts = [f"{row['wall_ms']:.1f}", f"{row['kernels']}", f"{row['tflop']:.2f}", f"{row['gbyte']:.1f}"]

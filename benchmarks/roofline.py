@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rivals import VIEWS
-from us3l.models import build_model
-from us3l_kernels.nn import SlicedBatchNorm2d, SlicedConv2d
+from us3l.models import VITS, build_model
+from us3l.models.vit import MLP, Attention, Block
+from us3l_kernels.nn import SlicedBatchNorm2d, SlicedConv2d, SlicedLayerNorm, SlicedLinear
 from us3l_kernels.width import use_width
 
 HALF, FULL = 2, 4  # bytes of a bfloat16 activation or cast weight, and of a float32 parameter or gradient
@@ -44,6 +45,7 @@ class Way:
     fused: bool = False  # norm, residual sum and activation in one kernel, after the statistics
     statistics: bool = False  # the statistics in the convolution's epilogue
     in_place: bool = False  # sliced weights read, and their gradients added, where they lie
+    needed: bool = False  # of a linear layer's output, only what the prefix that the next one reads comes from
     compiled: bool = False  # zero-fill and cast of a sliced gradient in one kernel, as Inductor makes it
     deep: bool = False  # the sums of a norm's backward, and the joins of gradients, in the epilogue of dX
     ideal: bool = False  # every tensor once
@@ -58,13 +60,15 @@ WAYS = {
     "I": Way("fused as by Inductor", batched=True, fused=True, compiled=True, update=True, graph=True),
     "F": Way(
         "statistics in convolutions, slices in place",
-        batched=True, fused=True, statistics=True, in_place=True, update=True, graph=True,
+        batched=True, fused=True, statistics=True, in_place=True, needed=True, update=True, graph=True,
     ),
     "D": Way(
         "F, and sums of norms' backward in dX",
-        batched=True, fused=True, statistics=True, in_place=True, deep=True, update=True, graph=True,
+        batched=True, fused=True, statistics=True, in_place=True, needed=True, deep=True, update=True, graph=True,
     ),
-    "X": Way("every tensor once", batched=True, in_place=True, ideal=True, update=True, graph=True),
+    "X": Way(
+        "every tensor once", batched=True, in_place=True, needed=True, ideal=True, update=True, graph=True,
+    ),
 }  # fmt: skip
 
 
@@ -115,16 +119,70 @@ class Join:
     pixels: int
 
 
-Layer = Conv | Norm | Pool | Join
+@dataclass(frozen=True)
+class Linear:
+    """Active and full features, tokens of one image.
+
+    prefix: only inputs are sliced, so that ordinary code computes more of the input and of the output than is read.
+    """
+
+    c: int
+    k: int
+    full_c: int
+    full_k: int
+    tokens: int
+    prefix: bool
+
+
+@dataclass(frozen=True)
+class Products:
+    """Of an attention: queries with keys, the result with values. Channels of all heads, active and full."""
+
+    c: int
+    full_c: int
+    tokens: int
+    prefix: bool
+
+
+@dataclass(frozen=True)
+class Gelu:
+    """Between the layers of an MLP."""
+
+    c: int
+    full_c: int
+    tokens: int
+    prefix: bool
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """`read`: how many of its channels the next layer reads."""
+
+    c: int
+    read: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The residual sum of a transformer's block."""
+
+    c: int
+    tokens: int
+
+
+OfTokens = Linear | Products | Gelu | LayerNorm | Sum
+Layer = Conv | Norm | Pool | Join | OfTokens
 
 
 def layers(model: nn.Module, size: int, width: float) -> list[Layer]:
-    """What `model` (on the meta device) runs at `width` for one image of `size` pixels, in order."""
+    """What `model` (on the meta device) runs at `width` for one image of `size` pixels, in the order of the results."""
     found: list[Layer] = []
     alive: list[Tensor] = []  # or an id could be that of another tensor later on
     reads: dict[int, int] = {}
     norms: dict[int, int] = {}  # id of the output -> place in `found`
     residuals: set[int] = set()
+    prefix = any(isinstance(layer, SlicedLinear) and layer.slice_in for layer in model.modules())
 
     def read(x: Tensor) -> None:
         reads[id(x)] = reads.get(id(x), 0) + 1
@@ -152,8 +210,40 @@ def layers(model: nn.Module, size: int, width: float) -> list[Layer]:
         else:
             found.append(Pool(x.size(1), pixels, out_pixels))
 
-    kinds = (SlicedConv2d, SlicedBatchNorm2d, nn.MaxPool2d)
-    handles = [layer.register_forward_hook(visit) for layer in model.modules() if isinstance(layer, kinds)]
+    def visit_tokens(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        x = inputs[0]
+        alive.extend((x, y))
+        c, tokens = x.size(-1), x[0, ..., 0].numel()
+        if isinstance(layer, SlicedLinear):
+            c = layer.read_features(c)
+            full = (layer.in_features, layer.out_features)
+            found.append(Linear(c, y.size(-1), *full, tokens, prefix))
+            if id(x) in norms:
+                norm = found[norms[id(x)]]
+                assert isinstance(norm, LayerNorm)
+                found[norms[id(x)]] = replace(norm, read=c)
+        elif isinstance(layer, SlicedLayerNorm):
+            norms[id(y)] = len(found)
+            found.append(LayerNorm(c, c, tokens))
+        elif isinstance(layer, Attention):
+            of_three = layer.qkv.active_out_features, layer.qkv.out_features
+            found.append(Products(*(features // 3 for features in of_three), tokens, prefix))
+        elif isinstance(layer, MLP):
+            hidden = layer.fc1
+            found.append(Gelu(hidden.active_out_features, hidden.out_features, tokens, prefix))
+        else:
+            found.extend([Sum(c, tokens)] * 2)
+
+    hooks = {
+        visit: (SlicedConv2d, SlicedBatchNorm2d, nn.MaxPool2d),
+        visit_tokens: (SlicedLinear, SlicedLayerNorm, Attention, MLP, Block),
+    }
+    handles = [
+        layer.register_forward_hook(hook)
+        for hook, kinds in hooks.items()
+        for layer in model.modules()
+        if isinstance(layer, kinds)
+    ]
     images = torch.empty(2, 3, size, size, device="meta")
     try:
         with use_width(model, width), torch.no_grad():
@@ -162,9 +252,8 @@ def layers(model: nn.Module, size: int, width: float) -> list[Layer]:
         for handle in handles:
             handle.remove()
     for output in residuals & norms.keys():
-        if reads[output] == 1:
-            norm = found[norms[output]]
-            assert isinstance(norm, Norm)
+        norm = found[norms[output]]
+        if reads[output] == 1 and isinstance(norm, Norm):
             found[norms[output]] = replace(norm, shortcut=True)
     return found
 
@@ -196,8 +285,11 @@ def kernels(layer: Layer, images: int, way: Way, *, trained: bool) -> Iterator[K
         elements, results = (images * layer.c * pixels for pixels in (layer.pixels, layer.out_pixels))
         for _ in range(1 + trained):  # input, output and 4-byte indices, in both directions
             yield Kernel("elementwise", HALF * (elements + results) + 4 * results)
-    elif trained and not (way.deep or way.ideal):
-        yield Kernel("elementwise", 3 * HALF * images * layer.c * layer.pixels)
+    elif isinstance(layer, Join):
+        if trained and not (way.deep or way.ideal):
+            yield Kernel("elementwise", 3 * HALF * images * layer.c * layer.pixels)
+    else:
+        yield from _of_tokens(layer, images * layer.tokens, way, trained)
 
 
 def _convolution(layer: Conv, images: int, way: Way, trained: bool) -> Iterator[Kernel]:
@@ -219,15 +311,20 @@ def _convolution(layer: Conv, images: int, way: Way, trained: bool) -> Iterator[
     if not layer.first:
         yield Kernel("convolution", y + x + weights * HALF, operations)
     yield Kernel("convolution", y + x + weights * (2 * FULL if way.in_place else HALF), operations)
+    yield from _accumulation(weights, rows, full, way)
+
+
+def _accumulation(weights: int, rows: int, full: int, way: Way) -> Iterator[Kernel]:
+    """A weight's gradient of that many active elements, in `rows` elements of its active outputs, `full` in all."""
     if way.in_place:
         return
     if way.compiled:
         yield Kernel("gradients", weights * HALF + full * FULL)
     else:
         yield Kernel("gradients", weights * (HALF + FULL))  # to float32
-        if inputs < full_inputs:  # the backward of a slice is a zero-filled tensor and a copy into it
+        if weights < rows:  # the backward of a slice is a zero-filled tensor and a copy into it
             yield Kernel("gradients", rows * FULL + weights * 2 * FULL, launches=2)
-        if layer.k < layer.full_k:
+        if rows < full:
             yield Kernel("gradients", full * FULL + rows * 2 * FULL, launches=2)
     yield Kernel("gradients", full * 3 * FULL)  # added to what is there
 
@@ -270,6 +367,61 @@ def _norm(layer: Norm, images: int, way: Way, trained: bool) -> Iterator[Kernel]
         yield Kernel("gradients", 2 * 4 * FULL * layer.full_c, launches=2 if way.compiled else 6)
 
 
+def _of_tokens(layer: OfTokens, rows: int, way: Way, trained: bool) -> Iterator[Kernel]:
+    """Eager mode keeps the residual stream, and what comes of norms, in float32, as autocast does."""
+    bfloat16 = way.fused or way.ideal
+    stream = HALF if bfloat16 else FULL
+    if isinstance(layer, Linear):
+        yield from _linear(layer, rows, way, trained)
+    elif isinstance(layer, LayerNorm):
+        c, read = rows * layer.c, rows * (layer.read if bfloat16 else layer.c)
+        yield Kernel("norm", stream * (c + read))
+        if trained:
+            yield Kernel("norm", stream * (3 * c + read), launches=1 if bfloat16 else 2)
+    elif isinstance(layer, Sum):
+        yield Kernel("elementwise", rows * layer.c * (2 * stream + HALF))
+        if trained:
+            yield Kernel("elementwise", rows * layer.c * 3 * stream)
+    else:
+        c = layer.full_c if layer.prefix and not way.needed else layer.c
+        t = HALF * rows * c
+        if isinstance(layer, Products):  # fused attention: nothing of size tokens^2 is in memory
+            products = 2.0 * rows * layer.tokens * c
+            yield Kernel("attention", 4 * t, 2 * products)
+            if trained:
+                yield Kernel("attention", 8 * t, 5 * products, launches=3)
+        elif not way.ideal:
+            yield Kernel("elementwise", 2 * t)
+            if trained:
+                yield Kernel("elementwise", 3 * t)
+
+
+def _linear(layer: Linear, rows: int, way: Way, trained: bool) -> Iterator[Kernel]:
+    k = layer.full_k if layer.prefix and not way.needed else layer.k
+    x, y, weights = rows * layer.c, rows * k, layer.c * k
+    operations = 2.0 * rows * weights
+    eager = not (way.fused or way.ideal)
+    if not way.in_place:
+        yield Kernel("weights", weights * (FULL + HALF))
+    # A pass beside every product: the cast of a norm's output; of what is in bfloat16 already the sliced input makes
+    # the bias a pass of its own, which is taken to be as long.
+    if eager:
+        yield Kernel("casts", x * (FULL + HALF))
+    yield Kernel("product", HALF * (x + y + weights), operations)
+    if not trained:
+        return
+    yield Kernel("product", HALF * (x + y + weights), operations)
+    yield Kernel("product", HALF * (x + y) + weights * (2 * FULL if way.in_place else HALF), operations)
+    yield Kernel("elementwise", HALF * y)  # the bias's gradient
+    if eager:
+        yield Kernel("casts", x * (FULL + HALF))
+        if layer.prefix and layer.c < layer.full_c:  # the input's slice
+            yield Kernel("casts", rows * layer.full_c * FULL + x * 2 * FULL, launches=2)
+    yield from _accumulation(weights, k * layer.full_c, layer.full_k * layer.full_c, way)
+    if not way.in_place:
+        yield Kernel("gradients", FINALISE, launches=2)  # the bias's
+
+
 def update(parameters: int, tensors: int, widths: int, way: Way) -> Iterator[Kernel]:
     """The kernels of optimizer, EMA and regulariser for that many float32 parameters in so many tensors."""
     if way.update:  # read p, g, momentum, write p, momentum, zero g; a bfloat16 copy; EMA
@@ -285,19 +437,28 @@ def update(parameters: int, tensors: int, widths: int, way: Way) -> Iterator[Ker
 
 
 def measure(
-    model: str, *, stem: str, size: int, batch: int, widths: Sequence[float], machine: Machine
+    model: str,
+    *,
+    stem: str,
+    size: int,
+    batch: int,
+    widths: Sequence[float],
+    machine: Machine,
+    slicing: str = "input",
 ) -> dict[str, Any]:
     """The model's time of a step in every way of `WAYS`: `rows` by letter, ms; and `parts`, the GPU's ms by part.
 
-    `batch`: images per view; `widths`: the full one first, which the teacher has too.
+    `batch`: images per view; `widths`: the full one first, which the teacher has too. `slicing`: of a ViT, "input" as
+    published; it has no batch norms, and so no way D.
     """
     with torch.device("meta"):
-        network = build_model(model, stem=stem).train()
+        network = build_model(model, stem=stem, slicing=slicing, image_size=size).train()
     found = {width: layers(network, size, width) for width in widths}
     sizes = [parameter.numel() for parameter in network.parameters()]
     passes = [*((found[width], True) for width in widths), (found[widths[0]], False)]
+    ways = {name: way for name, way in WAYS.items() if model not in VITS or not way.deep}
     rows, parts = {}, {}
-    for name, way in WAYS.items():
+    for name, way in ways.items():
         images, repeats = (VIEWS * batch, 1) if way.batched else (batch, VIEWS)
         run = [
             kernel
@@ -310,11 +471,12 @@ def measure(
             part: sum(kernel.microseconds(machine) for kernel in run if kernel.part == part) / 1e3
             for part in dict.fromkeys(kernel.part for kernel in run)
         }
+    config = {"model": model, "stem": stem, "input": size, "batch": batch, "widths": list(widths)}
     return {
         "benchmark": "roofline",
         "rows": rows,
         "parts": parts,
-        "config": {"model": model, "stem": stem, "input": size, "batch": batch, "widths": list(widths)},
+        "config": config | ({"slicing": slicing} if model in VITS else {}),
         "machine": asdict(machine),
     }
 
