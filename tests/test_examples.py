@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from examples import elastic_stages, matformer
 from us3l.checkpoint import load as load_checkpoint
 from us3l.checkpoint import restore
 from us3l.config import load
@@ -47,6 +49,19 @@ def test_plain_loop_on_two_processes():
     norms = re.findall(r"norm of the weights: (\d+\.\d+)", done.stdout)
     assert len(losses) == len(norms) == 2
     assert losses[0] != losses[1] and norms[0] == norms[1]
+
+
+def test_matformer_gives_every_granularity_and_a_mixture():
+    losses = matformer.main(steps=8)
+    assert list(losses) == ["1", "0.5", "0.25", "0.125", "mixed"]
+    assert len(set(losses.values())) == 5  # five networks
+    assert all(loss < math.log(256) for loss in losses.values())  # better than guessing
+
+
+def test_elastic_stages_trains_calibrates_and_takes_out_sub_networks():
+    found = elastic_stages.main(steps=4)
+    assert list(found) == ["full", "half", "smallest", "a random plan"]
+    assert all(0 <= accuracy <= 100 for accuracy in found.values()) and max(found.values()) > 10  # guessing has 10
 
 
 @pytest.mark.parametrize("options", [["method.target=live"], ["method.target=momentum", "method.distillation=none"]])
