@@ -99,7 +99,7 @@ class MethodConfig:
     """The method and the three switches of US3L (method.base_loss, .target, .aux_head)."""
 
     name: str = _one_of(
-        "simclr", "simsiam", "byol", "moco_v2", "moco_v3", "seed", "supervised", or_class=True
+        "simclr", "simsiam", "byol", "moco_v2", "moco_v3", "dino", "seed", "supervised", or_class=True
     )  # module:Class: a method of your own
     hidden_dim: int = _number(2048, least=1)  # projector
     dim: int = _number(256, least=1)  # embeddings

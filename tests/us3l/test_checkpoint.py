@@ -171,12 +171,13 @@ def test_signals_save_and_stop(
     assert_bit_identical(run, uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["moco_v2", "moco_v3", "seed", "supervised"])
+@pytest.mark.parametrize("name", ["moco_v2", "moco_v3", "dino", "seed", "supervised"])
 def test_every_method_goes_on_bit_by_bit(tmp_path: Path, name: str) -> None:
-    """Queues too; a teacher's file is read again."""
+    """Queues and centres too; a teacher's file is read again."""
     switches = {
         "moco_v2": ["method.queue_size=40"],
         "moco_v3": ["model.name=vit_mini", "model.patch_size=4"],
+        "dino": ["method.base_loss=kl", "method.distillation=kl"],
         "seed": ["method.queue_size=40", "method.base_loss=relational", "method.target=frozen"],
         "supervised": ["method.base_loss=cross_entropy", "method.target=live", "method.distillation=none"],
     }[name]

@@ -269,6 +269,60 @@ def test_moco_v3_iteration(model: str) -> None:
     assert trained == {id(p) for p in method.parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("aux_head", [True, False])
+def test_dino_iteration(aux_head: bool) -> None:
+    """Cross-entropy of assignments (eq. 2 of the paper), the teacher's at full width, centred and sharpened."""
+    method = _method(
+        "dino", target="momentum", base_loss="kl", distillation="kl", aux_head=aux_head, temperature=0.1,
+        teacher_temperature=0.04,
+    )  # fmt: skip
+    with torch.no_grad():
+        method.center.copy_(torch.linspace(-0.3, 0.3, 6))
+    images, center = _images(), method.center.clone()
+
+    def cosines(encoder: nn.Module, width: float) -> Tensor:
+        head, unit = encoder.fc, nn.functional.normalize
+        with use_width(encoder, width):
+            y = torch.cat([encoder.forward_features(view) for view in images.chunk(2)])
+        for i, layer in enumerate((head[0], head[2], head[4])):
+            y = nn.functional.linear(y if i == 0 else y.relu(), layer.weight[:, : y.shape[1]], layer.bias)
+        return unit(y, dim=1) @ unit(head.prototypes, dim=1).T
+
+    def expected(prediction: Tensor) -> Tensor:
+        log_p = (prediction / 0.1).log_softmax(1)
+        return -(torch.cat([teacher[8:], teacher[:8]]) * log_p).sum(1).mean()
+
+    scores = cosines(method.encoder_k, 1.0)
+    teacher = ((scores - center) / 0.04).softmax(1)
+    entropy = -(teacher * teacher.log()).sum(1).mean()
+    targets = first = method.targets(images, width=1.0)
+    _assert_same(first, scores)
+    for i, width in enumerate((1.0, 0.5)):
+        loss, projection, targets = method(images, width=width, full=i == 0, targets=targets)
+        prediction = cosines(method.encoder_q, width)
+        if aux_head and i == 1:
+            prediction = torch.cat([method.aux_predictor(view) for view in prediction.chunk(2)])
+        _assert_same(loss, expected(prediction) - entropy)
+        weights = [method.encoder_q.fc.prototypes, method.encoder_q.conv1.weight]
+        for ours, theirs in zip(
+            torch.autograd.grad(loss, weights), torch.autograd.grad(expected(prediction), weights), strict=True
+        ):
+            _assert_same(ours, theirs)
+        assert projection.shape == (16, 256)
+
+    assert torch.equal(method.center, center)  # one centre for all widths of an iteration
+    method.finish_iteration(first)
+    _assert_same(method.center, 0.9 * center + 0.1 * scores.mean(0))
+
+
+def test_prototypes_of_the_teacher_follow_the_student() -> None:
+    method = _method("dino", **US3L | {"base_loss": "kl", "distillation": "kl"})
+    before, student = (e.fc.prototypes.clone() for e in (method.encoder_k, method.encoder_q))
+    method.ema().update()
+    _assert_same(method.encoder_k.fc.prototypes, 0.99 * before + 0.01 * student)
+    assert not method.encoder_k.fc.prototypes.requires_grad
+
+
 @pytest.fixture
 def teacher_file(tmp_path: Path) -> Path:
     """A checkpoint of a BYOL network, at the widths up to 0.75."""
@@ -423,6 +477,7 @@ def test_without_feature_distillation_no_features_are_kept() -> None:
         for name in ("moco_v2", "moco_v3")
         for switches in (INDIVIDUAL, SLIMMABLE, DISTILLED, US3L)
     ]
+    + [("dino", US3L | {"base_loss": "kl", "distillation": "kl"})]
     + [("supervised", INDIVIDUAL), ("supervised", SLIMMABLE), ("supervised", DISTILLED | {"distillation": "kl"})],
 )
 def test_every_row_trains(name: str, switches: dict[str, Any]) -> None:
@@ -491,6 +546,7 @@ def test_losses_are_full_precision_under_autocast() -> None:
         ("moco_v2", US3L, []),
         ("moco_v2", DISTILLED | {"target": "momentum"}, ["G3"]),
         ("moco_v3", US3L, []),
+        ("dino", US3L | {"base_loss": "kl", "distillation": "kl"}, []),
         ("seed", US3L | {"target": "frozen", "teacher": "x.pt"}, []),
         ("seed", SLIMMABLE | {"target": "frozen", "teacher": "x.pt"}, ["G3"]),
         ("supervised", INDIVIDUAL, []),
@@ -518,6 +574,8 @@ def test_bad_use_is_named() -> None:
         ("moco_v2", {"target": "live"}, "method.target: moco_v2 has momentum, got 'live'"),
         ("moco_v2", {"base_loss": "cosine"}, "method.base_loss: moco_v2 has infonce, got 'cosine'"),
         ("moco_v3", {"base_loss": "mse"}, "method.base_loss: moco_v3 has infonce, got 'mse'"),
+        ("dino", {}, "method.base_loss: dino has kl, got 'infonce'"),
+        ("dino", {"base_loss": "kl", "target": "live"}, "method.target: dino has momentum, got 'live'"),
         ("seed", {"target": "momentum"}, "method.target: seed has frozen, got 'momentum'"),
         ("supervised", {"target": "momentum"}, "method.target: supervised has live, got 'momentum'"),
         ("supervised", {"base_loss": "cosine"}, "method.base_loss: supervised has cross_entropy, got 'cosine'"),

@@ -32,6 +32,7 @@ METHODS = {
     "byol": ["method.name=byol"],
     "moco_v2": ["method.name=moco_v2", "method.queue_size=32"],
     "moco_v3": ["method.name=moco_v3"],
+    "dino": ["method.name=dino", "method.base_loss=kl", "method.distillation=kl"],
     "alone": ["method.distillation=none"],
     "supervised": ["method.name=supervised", "method.target=live", "method.base_loss=cross_entropy",
                    "method.distillation=kl", "method.aux_head=false"],

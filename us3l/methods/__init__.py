@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from us3l.errors import ConfigError
 from us3l.methods.base import GUIDELINES, Method, StepOutput
 from us3l.methods.byol import BYOL
+from us3l.methods.dino import DINO
 from us3l.methods.moco_v2 import MoCoV2
 from us3l.methods.moco_v3 import MoCoV3
 from us3l.methods.seed import SEED
@@ -27,6 +28,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "byol": BYOL,
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,
+    "dino": DINO,
     "seed": SEED,
     "supervised": Supervised,
 }
@@ -74,6 +76,6 @@ def _method_class(name: str) -> Callable[..., Method]:
 
 
 __all__ = [
-    "BYOL", "GUIDELINES", "METHODS", "Method", "MoCoV2", "MoCoV3", "SEED", "SimCLR", "SimSiam", "StepOutput",
-    "Supervised", "build_method",
+    "BYOL", "DINO", "GUIDELINES", "METHODS", "Method", "MoCoV2", "MoCoV3", "SEED", "SimCLR", "SimSiam",
+    "StepOutput", "Supervised", "build_method",
 ]  # fmt: skip
