@@ -45,6 +45,14 @@ EQUAL = {
     "byol": ["train.sync_norms=true", "method.name=byol", "method.base_loss=cosine", "train.step=per_width"],
     "simsiam": ["train.sync_norms=true", "method.name=simsiam", "method.base_loss=cosine", "method.target=live"],
     "moco_v2": ["train.sync_norms=true", "method.name=moco_v2", "method.queue_size=80"],
+    "dino": [
+        "train.sync_norms=true", "method.name=dino", "method.base_loss=kl", "method.distillation=kl",
+        "method.teacher_temperature=0.1",
+    ],
+    "seed": [
+        "train.sync_norms=true", "method.name=seed", "method.base_loss=relational", "method.target=frozen",
+        "method.teacher=TEACHER", "method.queue_size=80",
+    ],
     "supervised": [
         "train.sync_norms=true", "method.name=supervised", "method.base_loss=cross_entropy", "method.target=live",
         "method.aux_head=false", "method.distillation=kl",
@@ -62,15 +70,23 @@ FEW = {
 """Cases of the default test suite, by number of processes."""
 
 
-def configuration(case: str, size: int) -> Config:
+def train_teacher(folder: Path) -> None:
+    """What `method.teacher=TEACHER` stands for: the checkpoint of a short run."""
+    overrides = [*TINY, "data.batch_size=16", f"checkpoint.dir={folder}", "checkpoint.keep=1"]
+    Trainer(load(None, overrides), console=Console(quiet=True)).fit()
+
+
+def configuration(case: str, size: int, folder: Path) -> Config:
     """Of one of `size` processes; where `case` says so, they have four parts together, each with its own statistics."""
     parts = [f"train.accumulate={4 // size}"] if case.startswith("accumulated") else []
-    return load(None, [*TINY, *EQUAL[case], *parts, f"data.batch_size={BATCH // size}"])
+    teacher = str(next(folder.glob("teacher/*.pt"), "none"))
+    overrides = [override.replace("TEACHER", teacher) for override in EQUAL[case]]
+    return load(None, [*TINY, *overrides, *parts, f"data.batch_size={BATCH // size}"])
 
 
-def train_in_double(case: str, world: World) -> dict[str, Any]:
+def train_in_double(case: str, world: World, folder: Path) -> dict[str, Any]:
     """The weights after STEPS steps of `case` in float64, and what went in."""
-    config = configuration(case, world.size)
+    config = configuration(case, world.size, folder)
     torch.manual_seed(0)
     method = build_method(config).double().train()
     with torch.no_grad():
@@ -115,10 +131,10 @@ class counted_all_reduces:
         dist.all_reduce = self.original
 
 
-def equality(cases: list[str]) -> dict[str, dict[str, Any]]:
+def equality(cases: list[str], folder: Path) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
     with launched("cpu") as world:
-        return {case: train_in_double(case, world) for case in cases}
+        return {case: train_in_double(case, world, folder) for case in cases}
 
 
 def dying(folder: Path, die: bool) -> dict[str, Any]:
@@ -167,9 +183,11 @@ if __name__ == "__main__":
         ["us3l.engine", "torch.utils.tensorboard", "torch.distributed.launcher.api"]  # what takes time to import
     )
     folder, everything = Path(sys.argv[1]), sys.argv[2] == "all"
+    if everything:
+        train_teacher(folder / "teacher")
     cases = {size: list(EQUAL) if everything else FEW[size] for size in (2, 4)}
-    results: dict[str, Any] = {size: launch(size, equality, cases[size]) for size in cases}
-    results[1] = {0: equality(cases[2])}
+    results: dict[str, Any] = {size: launch(size, equality, cases[size], folder) for size in cases}
+    results[1] = {0: equality(cases[2], folder)}
     for name in ("undisturbed", "killed"):
         results[name] = launch(2, dying, folder / name, name == "killed", restarts=1)
     torch.save(results, folder / "results.pt")
