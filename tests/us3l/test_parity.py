@@ -6,6 +6,7 @@ import copy
 import json
 import zlib
 from collections.abc import Callable
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -47,25 +48,30 @@ def _linear(p: Parameters, name: str, x: Tensor) -> Tensor:
     return F.linear(x, p[f"{name}.weight"][:, : x.shape[1]], p.get(f"{name}.bias"))
 
 
-def _resnet50_cifar(p: Parameters, x: Tensor, width: float) -> Tensor:
-    x = _norm(p, "bn1", _conv(p, "conv1", x, _channels(64, width))).relu()
+def _resnet(p: Parameters, x: Tensor, width: float, *, stem: str, bottleneck: bool) -> Tensor:
+    """Of 34 or 50 layers."""
+    x = _norm(p, "bn1", _conv(p, "conv1", x, _channels(64, width), 2 if stem == "imagenet" else 1)).relu()
+    x = F.max_pool2d(x, 3, 2, 1) if stem == "imagenet" else x
     for i, depth in enumerate((3, 4, 6, 3)):
-        inner, outer = _channels(64 * 2**i, width), _channels(256 * 2**i, width)
+        inner, outer = _channels(64 * 2**i, width), _channels((256 if bottleneck else 64) * 2**i, width)
         for j in range(depth):
-            name, stride = f"layer{i + 1}.{j}", 2 if i > 0 and j == 0 else 1
-            y = _norm(p, f"{name}.bn1", _conv(p, f"{name}.conv1", x, inner)).relu()
-            y = _norm(p, f"{name}.bn2", _conv(p, f"{name}.conv2", y, inner, stride)).relu()
-            y = _norm(p, f"{name}.bn3", _conv(p, f"{name}.conv3", y, outer))
-            if j == 0:
+            name, stride, y = f"layer{i + 1}.{j}", 2 if i > 0 and j == 0 else 1, x
+            strides = (1, stride, 1) if bottleneck else (stride, 1)
+            for k, s in enumerate(strides, 1):
+                last = k == len(strides)
+                y = _norm(p, f"{name}.bn{k}", _conv(p, f"{name}.conv{k}", y, outer if last else inner, s))
+                y = y if last else y.relu()
+            if f"{name}.downsample.0.weight" in p:
                 x = _norm(p, f"{name}.downsample.1", _conv(p, f"{name}.downsample.0", x, outer, stride))
             x = (y + x).relu()
     return x.mean((2, 3))
 
 
-def _mobilenet_v2_cifar(p: Parameters, x: Tensor, width: float) -> Tensor:
-    x = F.relu6(_norm(p, "features.0.1", _conv(p, "features.0.0", x, _channels(32, width))))
+def _mobilenet_v2(p: Parameters, x: Tensor, width: float, *, stem: str) -> Tensor:
+    first_strides = 2 if stem == "imagenet" else 1  # of the stem and of the 24-channel stage
+    x = F.relu6(_norm(p, "features.0.1", _conv(p, "features.0.0", x, _channels(32, width), first_strides)))
     index, before = 1, 32
-    for t, c, n, s in ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)):  # fmt: skip  # noqa: E501
+    for t, c, n, s in ((1, 16, 1, 1), (6, 24, 2, first_strides), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)):  # fmt: skip  # noqa: E501
         for j in range(n):
             body, first, y = f"features.{index}.body", 0, x
             hidden = _channels(before * t, width, t)
@@ -141,7 +147,12 @@ def _record(config: dict[str, Any], widths: list[list[float]], aux_head: bool = 
     p = {name: value.requires_grad_() for name, value in p.items() if not name.startswith("encoder_k.")}
     o = config["optimizer"]
     optimizer = torch.optim.SGD(p.values(), o["lr"], o["momentum"], weight_decay=o["weight_decay"])
-    backbone = {"resnet50": _resnet50_cifar, "mobilenet_v2": _mobilenet_v2_cifar}[config["model"]]
+    backbone = {
+        "resnet34": partial(_resnet, bottleneck=False),
+        "resnet50": partial(_resnet, bottleneck=True),
+        "mobilenet_v2": _mobilenet_v2,
+    }[config["model"]]
+    backbone = partial(backbone, stem=config["stem"])
     shape = (config["batch"], 3, config["size"], config["size"])
 
     steps = []
@@ -216,36 +227,41 @@ def test_fixtures_in_float32_repeat_the_first_iteration(name: str) -> None:
     assert {c.quantity.rpartition(", ")[2] for c in report.comparisons} == {"before any update", "first iteration"}
 
 
+INFONCE = {"base_loss": "infonce", "distillation_loss": "infonce"}
+SIMCLR_RUN = {"method": "simclr_momentum", "base_loss": "infonce"}
+GROUPED = {"regulariser": GROUP, "optimizer": NO_DECAY}
+IMAGENET = {"stem": "imagenet", "size": 32}
+OTHERS = {
+    "mobilenet_v2-byol": {},
+    "mobilenet_v2-byol-infonce": INFONCE,
+    "mobilenet_v2-byol-group": GROUPED,
+    "mobilenet_v2-byol-group-warmup": GROUPED | {"regulariser": GROUP | {"epoch": 5}},
+    "mobilenet_v2-imagenet-simclr": SIMCLR_RUN | IMAGENET,
+    "mobilenet_v2-imagenet-byol": IMAGENET | {"momentum": 0.996},
+    "resnet34-byol-group": GROUPED | {"model": "resnet34", "temperature": 0.07},
+    "resnet34-imagenet-simclr": SIMCLR_RUN | IMAGENET | {"model": "resnet34"},
+    "resnet50-simclr-infonce": INFONCE | {"model": "resnet50", "method": "simclr_momentum"},
+    "resnet50-byol-one-head": INFONCE | {"model": "resnet50"},
+    "resnet50-byol-decay": {
+        "model": "resnet50", "momentum": 0.999,
+        "optimizer": {"kind": "sgd", "lr": 0.02, "momentum": 0.5, "weight_decay": 1e-3},
+    },
+    "resnet50-imagenet-byol": IMAGENET | {"model": "resnet50"},
+    "resnet50-imagenet-simclr-group": SIMCLR_RUN | GROUPED | IMAGENET | {"model": "resnet50", "temperature": 0.1},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("name", "settings"),
     [
-        pytest.param({}, id="byol", marks=pytest.mark.slow),
-        pytest.param(
-            {"base_loss": "infonce", "distillation_loss": "infonce"}, id="byol-infonce", marks=pytest.mark.slow
-        ),
-        pytest.param({"regulariser": GROUP, "optimizer": NO_DECAY}, id="byol-group", marks=pytest.mark.slow),
-        pytest.param(
-            {"regulariser": GROUP | {"epoch": 5}, "optimizer": NO_DECAY}, id="byol-group-warmup", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            {"method": "simclr_momentum", "base_loss": "infonce", "regulariser": GROUP, "optimizer": NO_DECAY},
-            id="simclr-group",
-        ),
+        pytest.param("mobilenet_v2-simclr-group", SIMCLR_RUN | GROUPED),
+        *(pytest.param(name, settings, marks=pytest.mark.slow) for name, settings in OTHERS.items()),
     ],
 )
-def test_mobilenet_v2_files(settings: dict[str, Any], tmp_path: Path) -> None:
-    recorded = _record(_settings(**settings), [[1.0, 0.55], [1.0, 0.25]])
+def test_files_of_other_runs(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Other backbones, stems, methods, losses, temperatures, momenta and decays than those of the two fixtures."""
+    recorded = _record(_settings(**settings), [[1.0, 0.55], [1.0, 0.25]], aux_head="one-head" not in name)
     (tmp_path / "file.json").write_text(json.dumps(recorded))
-    report = run_parity(tmp_path / "file.json", "aten")
-    assert report.passed, report.largest()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("aux_head", [True, False])
-def test_resnet50_files(aux_head: bool, tmp_path: Path) -> None:
-    method = {True: "simclr_momentum", False: "byol"}[aux_head]
-    settings = _settings(model="resnet50", method=method, base_loss="infonce", distillation_loss="infonce")
-    (tmp_path / "file.json").write_text(json.dumps(_record(settings, [[1.0, 0.3]], aux_head)))
     report = run_parity(tmp_path / "file.json", "aten")
     assert report.passed, report.largest()
 
