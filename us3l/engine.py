@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import signal
 import time
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from us3l import checkpoint as checkpoints
 from us3l.allocator import keep_freed_memory
-from us3l.config import Config, OptimizerConfig, differences, to_dict, to_yaml, validate
+from us3l.config import Config, differences, to_dict, to_yaml, validate
 from us3l.data import make_data
 from us3l.data.seeding import iteration_seed
 from us3l.distributed import SINGLE, World
@@ -27,7 +26,7 @@ from us3l.evaluation.protocol import Probe
 from us3l.methods import GUIDELINES, build_method
 from us3l.monitor import Monitor, WidthReading, open_wandb, say
 from us3l.sampling import largest_width, make_sampler
-from us3l.schedule import group_alpha, teacher_momentum
+from us3l.schedule import group_alpha, learning_rate, teacher_momentum
 from us3l.signals import catch_signals
 from us3l.step import TrainStep
 
@@ -327,15 +326,6 @@ class Trainer:
         if signal.SIGTERM in stopped_by:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
-
-
-def learning_rate(config: OptimizerConfig, step: int, batches: int, epochs: int) -> float:
-    """Of iteration `step` (from 0): linear warm-up to the peak, then half a cosine to 0 (Loshchilov & Hutter, 2017)."""
-    warmup = config.warmup_epochs * batches
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    done = (step - warmup) / (epochs * batches - warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:

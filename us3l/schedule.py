@@ -1,4 +1,6 @@
-"""What changes over a run: the teacher's momentum, and the group regularisation of US3L, on these parameters in a step.
+"""What changes over a run: the learning rate, the teacher's momentum, and the group regularisation of US3L.
+
+That works on these parameters in a step:
 
 The paper adds sum_g lambda_g ||p_g||^2 to every loss, with lambda_g = lambda (1 - alpha_t g) for the groups
 g = 0..G-1 of output channels. Its gradient is a weight decay per row, so here it lives in the optimizer
@@ -15,7 +17,16 @@ from torch.optim import Optimizer
 from us3l.methods.base import Method
 
 if TYPE_CHECKING:
-    from us3l.config import MethodConfig
+    from us3l.config import MethodConfig, OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, batches: int, epochs: int) -> float:
+    """Of iteration `step` (from 0): linear warm-up to the peak, then half a cosine to 0 (Loshchilov & Hutter, 2017)."""
+    warmup = config.warmup_epochs * batches
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    done = (step - warmup) / (epochs * batches - warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def teacher_momentum(config: MethodConfig, step: int, steps: int) -> float:
