@@ -1,6 +1,4 @@
-"""What changes over a run: the learning rate, the teacher's momentum, and the group regularisation of US3L.
-
-That works on these parameters in a step:
+"""What changes over a run: learning rate, teacher's momentum and, on these parameters, the group regularisation.
 
 The paper adds sum_g lambda_g ||p_g||^2 to every loss, with lambda_g = lambda (1 - alpha_t g) for the groups
 g = 0..G-1 of output channels. Its gradient is a weight decay per row, so here it lives in the optimizer
