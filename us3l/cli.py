@@ -80,6 +80,10 @@ Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="A checkpoint of `us3l pretrain`, or a run's folder: its newest.")
 ]
 Widths = Annotated[str, typer.Option(help="Widths in (0, 1], separated by commas.")]
+Plan = Annotated[
+    str, typer.Option(help="A width, or a plan: 0.5,layer3=0.25 is layer3 at 0.25 and the rest at 0.5.")
+]
+Plot = Annotated[Path | None, typer.Option(help="Plot accuracy against MACs into this PNG.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]
 
 
@@ -132,7 +136,7 @@ def evaluate(
         typer.Option(help="Of the linear classifier. auto: the data's published one (SGD); L-BFGS for small data."),
     ] = Protocol.auto,
     json: Json = None,
-    plot: Annotated[Path | None, typer.Option(help="Plot accuracy against MACs into this PNG.")] = None,
+    plot: Plot = None,
 ) -> None:
     """Accuracy of sub-networks on frozen features, calibrated where the checkpoint holds no statistics."""
     from us3l import report
@@ -182,7 +186,7 @@ def finetune(
         Path | None, typer.Option(help="Folder of results and weights; default: finetune/NAME beside CKPT.")
     ] = None,
     json: Json = None,
-    plot: Annotated[Path | None, typer.Option(help="Plot accuracy against MACs into this PNG.")] = None,
+    plot: Plot = None,
 ) -> None:
     """Fine-tune sub-networks, each on its own: on another data set (data.name=...), or on a share of the labels.
 
@@ -240,9 +244,7 @@ def detect(
     checkpoint: Checkpoint,
     coco_root: Annotated[Path, typer.Option(help="Folder with train2017/, val2017/ and annotations/.")],
     overrides: Overrides = None,
-    width: Annotated[
-        str, typer.Option(help="A width, or a plan: 0.5,layer3=0.25 is layer3 at 0.25 and the rest at 0.5.")
-    ] = "0.5",
+    width: Plan = "0.5",
     task: Annotated[Task, typer.Option(help="Faster R-CNN, or Mask R-CNN.")] = Task.segmentation,
     norm: Annotated[
         Norm, typer.Option(help="Norms of the backbone: statistics of the batch, over all processes; or left alone.")
@@ -365,9 +367,7 @@ def calibrate(checkpoint: Checkpoint, overrides: Overrides = None, widths: Width
 def export(
     checkpoint: Checkpoint,
     overrides: Overrides = None,
-    width: Annotated[
-        str, typer.Option(help="A width, or a plan: 0.5,layer3=0.25 is layer3 at 0.25 and the rest at 0.5.")
-    ] = "0.5",
+    width: Plan = "0.5",
     format: Annotated[
         Format, typer.Option(help="A torch.export program; weights with a plain PyTorch file; an ONNX model.")
     ] = Format.torch,

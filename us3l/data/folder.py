@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -118,21 +119,16 @@ class Images(Dataset[tuple[list[Tensor], int]]):
         return views, label
 
 
+@dataclass
 class FolderTwoViews:
     """Two views of every image. A :class:`TwoViewLoader`."""
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        order: EpochOrder,
-        transform: Transform,
-        workers: int,
-        device: torch.device,
-        augment_on: str = "workers",
-    ) -> None:
-        self.samples, self.order, self.transform = samples, order, transform
-        self.workers, self.device = workers, device
-        self.augment_on = augment_on
+    samples: Sequence[Sample]
+    order: EpochOrder
+    transform: Transform
+    workers: int
+    device: torch.device
+    augment_on: str = "workers"
 
     def __len__(self) -> int:
         return len(self.order)
@@ -145,19 +141,15 @@ class FolderTwoViews:
             yield images if finished else finish_views(images, self.order.seed, epoch, indices)
 
 
+@dataclass
 class FolderLabelled:
     """One view of every image, random resized crop and flip, and its label. A :class:`LabelledLoader`."""
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        order: EpochOrder,
-        transform: Transform,
-        workers: int,
-        device: torch.device,
-    ) -> None:
-        self.samples, self.order, self.transform = samples, order, transform
-        self.workers, self.device = workers, device
+    samples: Sequence[Sample]
+    order: EpochOrder
+    transform: Transform
+    workers: int
+    device: torch.device
 
     def __len__(self) -> int:
         return len(self.order)
