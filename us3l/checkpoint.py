@@ -89,7 +89,10 @@ def read(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # broken bytes make the readers raise all kinds of exceptions
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{path} is not a readable checkpoint (torn, corrupt or foreign). {reason}") from error
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint: it is torn, corrupt or foreign, or holds other things than tensors "
+            f"and plain values, which are never unpickled. {reason}"
+        ) from error
 
 
 def load(path: str | Path) -> Checkpoint:

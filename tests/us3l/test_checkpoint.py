@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import pickle
 import random
 import resource
 import signal
@@ -346,6 +347,27 @@ def test_broken_and_foreign_files(saved: Path) -> None:
         torch.save(foreign, saved)
         with pytest.raises(CheckpointError, match=expected):
             checkpoints.load(saved)
+
+
+def test_a_hostile_file_runs_nothing(saved: Path, tmp_path: Path) -> None:
+    """Neither on the way through the checkpoint's format, nor as a bare pickle under its name."""
+    touched = tmp_path / "touched"
+
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(touched),)
+
+    whole = checkpoints.load(saved)
+    for write in (
+        lambda: torch.save({**whole, "best": Hostile()}, saved),
+        lambda: saved.write_bytes(pickle.dumps({**whole, "method": Hostile()})),
+    ):
+        write()
+        with pytest.raises(CheckpointError, match="not a readable checkpoint: .* never unpickled"):
+            checkpoints.load(saved)
+        with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+            trainer(saved.parent).resume("auto")
+    assert not touched.exists()
 
 
 def test_a_failed_write_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
