@@ -20,11 +20,12 @@ endif
 # A process per core, of one thread each.
 PARALLEL := -n auto --maxprocesses 4
 
-.PHONY: help demo test test-all build lint clean
+.PHONY: help demo test test-all test-triton build lint clean
 help:
 	@echo "make demo       pre-train on the embedded images and evaluate the sub-networks"
 	@echo "make test       lint, types, and the default tests"
 	@echo "make test-all   the same with the slow tests"
+	@echo "make test-triton TRITON=3.6.0   all tests of the Triton kernels, with that version of Triton"
 	@echo "make build      compile the kernels of csrc in place"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what was built (not .venv)"
@@ -38,6 +39,14 @@ test: environment-build+run+test build lint
 
 test-all: environment-build+run+test build lint
 	$(PY) -m pytest $(PARALLEL) -m ""
+
+# Compiled for every GPU of the table, and interpreted: no GPU is needed. pip brings the version, for these tests
+# alone, and a numpy with which the interpreters of old versions run.
+test-triton: environment-build+run+test build build/triton-$(TRITON)
+	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(PY) -m pytest -m "" tests/kernels/triton
+
+build/triton-%:
+	$(PY) -m pip install -q --no-deps --target $@ triton==$* "numpy<2.4"
 
 build: environment-build
 	$(PY) setup.py -q build_ext --inplace

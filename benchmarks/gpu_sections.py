@@ -36,6 +36,7 @@ from us3l_kernels.errors import BackendError
 from us3l_kernels.optim import kernels
 from us3l_kernels.reference import active_conv_weight
 from us3l_kernels.tune import tune
+from us3l_kernels.width import active_channels
 
 Item = tuple[str, Callable[[], dict[str, Any]]]
 
@@ -589,11 +590,14 @@ def time_convolution(setup: Setup, case: LayerCase, direction: str, limits: list
     sides: dict[str, Callable[[int], object]] = {"cudnn": cudnn}
     for name in backends("conv2d"):
         takes = BACKENDS[name].can_run("conv2d", sets[0], weight, out_channels=out, **geometry)
-        if name != "reference" and takes:
+        another = name != "reference" and (name, direction) != ("triton_tma", "dW")  # its dW is that of `triton`
+        if another and takes:
             sides[name] = side(name)
     with torch.no_grad():
         times = microseconds(setup, sides)
-        times |= {"tiles": triton_tiles(setup, direction, side("triton"))} if "triton" in sides else {}
+        times["tiles"] = {
+            name: triton_tiles(setup, direction, side(name)) for name in ("triton", "triton_tma") if name in sides
+        }
 
     taps = math.prod(layer.kernel_size)
     conv = roofline.Conv(
@@ -617,7 +621,7 @@ def time_convolution(setup: Setup, case: LayerCase, direction: str, limits: list
 
 
 def triton_tiles(setup: Setup, direction: str, side: Callable[[int], object]) -> dict[str, Any]:
-    """Microseconds of the backend `triton` with each of its tiles alone."""
+    """Microseconds of a backend of Triton kernels with each of its tiles alone."""
     from us3l_kernels.triton import conv2d as kernels_of
 
     tables = kernels_of.GRADIENT_TILES if direction == "dW" else kernels_of.PRODUCT_TILES
@@ -636,6 +640,46 @@ def triton_tiles(setup: Setup, direction: str, side: Callable[[int], object]) ->
     finally:
         tables["half"], kernels_of.FEW_ROWS["half"] = shipped, few_rows
     return times
+
+
+def linear_layers(setup: Setup) -> Iterator[Item]:
+    """The linear layers of a small vision transformer, which reads prefixes, at three widths: y and dX by backend."""
+    dtype, rows = torch.bfloat16, 8 if setup.smoke else 256 * 197
+    limits: list[Rates] = []
+
+    def run(full_c: int, full_k: int, width: float, direction: str) -> dict[str, Any]:
+        if not limits:
+            limits.append(rates(setup))
+        c, k = active_channels(full_c, width), active_channels(full_k, width)
+        xs, grads = (
+            [torch.randn(rows, channels, device=setup.device, dtype=dtype) for _ in range(SETS)]
+            for channels in (full_c, k)
+        )
+        weight = torch.randn(full_k, full_c, device=setup.device, dtype=dtype)
+
+        def side(name: str) -> Callable[[int], object]:
+            backend = BACKENDS[name]
+            if direction == "forward":
+                return lambda i: backend.linear(xs[i], weight, None, k, c)
+            return lambda i: backend.linear_backward(grads[i], xs[i], weight, None, None, True, c)
+
+        sides = {
+            name: side(name)
+            for name in backends("linear")
+            if name != "reference"
+            and BACKENDS[name].can_run("linear", xs[0], weight, out_features=k, in_features=c)
+        }
+        with torch.no_grad():
+            times = microseconds(setup, sides)
+        moved = roofline.HALF * (rows * (c + k) + c * k)
+        return times | {"floor_us": limits[0].floor_us(2.0 * rows * c * k, moved)}
+
+    for full_c, full_k in ((384, 1152), (384, 384), (384, 1536), (1536, 384))[: 1 if setup.smoke else 4]:
+        for width in WIDTHS:
+            for direction in ("forward", "dX"):
+                yield f"{full_c} -> {full_k}, width {width:g}, {direction}", partial(
+                    run, full_c, full_k, width, direction
+                )
 
 
 # --- part 3: norms, packing, updates ---------------------------------------------------------------------------------
@@ -939,7 +983,7 @@ SECTIONS: dict[int, dict[str, tuple[Callable[[Setup], Iterator[Item]], float]]] 
         "profiles": (profiles, 0.1),
         "sanitizer": (sanitizer, 0.3),
     },
-    2: {"convolutions": (convolutions, 1.0)},
+    2: {"linear layers": (linear_layers, 0.1), "convolutions": (convolutions, 0.9)},
     3: {
         "norms": (norms, 0.08),
         "packing": (packing, 0.04),

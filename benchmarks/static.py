@@ -100,6 +100,8 @@ def _kind(instruction: str) -> str | None:
         return "load tma"
     if head == "UTMASTG":
         return "store tma"
+    if head == "ATOMG" and "EXCH" in modifiers:
+        return None  # hands a descriptor to the tensor memory accelerator
     names = {"LDG": "load", "LDGSTS": "load", "STG": "store", "RED": "atomic", "ATOMG": "atomic", "REDG": "atomic"}
     if head not in names:
         return None

@@ -89,11 +89,14 @@ def _dtypes_of(name: str, op: str, device: str) -> list[torch.dtype]:
         x = torch.empty(2, 8, 4, 4, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
         x = x if op in ("conv2d", "batch_norm") else x.permute(0, 2, 3, 1)
         weight = torch.empty(8, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        arguments: dict[str, Any] = {}
+        likes: list[tuple[torch.Tensor, dict[str, Any]]] = [(weight, {})]
         if op == "conv2d":
-            weight = torch.empty(8, 8, 3, 3, dtype=dtype, device=device)
-            arguments = {"out_channels": 8, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
-        if BACKENDS[name].can_run(op, x, weight, **arguments):
+            geometry = {"out_channels": 8, "stride": [1, 1], "dilation": [1, 1], "groups": 1}
+            likes = [
+                (torch.empty(8, 8, k, k, dtype=dtype, device=device), {**geometry, "padding": [k // 2, k // 2]})
+                for k in (3, 1)
+            ]
+        if any(BACKENDS[name].can_run(op, x, weight, **arguments) for weight, arguments in likes):
             taken.append(dtype)
     return taken
 

@@ -273,9 +273,17 @@ def _registry() -> dict[str, Backend]:
     from us3l_kernels.backends.native import NativeBackend
     from us3l_kernels.backends.reference import ReferenceBackend
     from us3l_kernels.backends.triton import TritonBackend
+    from us3l_kernels.backends.triton_tma import TritonTmaBackend
 
-    # In the order in which `auto` asks them.
-    return {b.name: b for b in (NativeBackend(), CudaBackend(), TritonBackend(), AtenBackend(), ReferenceBackend())}
+    in_the_order_of_auto = (
+        NativeBackend(),
+        CudaBackend(),
+        TritonBackend(),
+        TritonTmaBackend(),
+        AtenBackend(),
+        ReferenceBackend(),
+    )
+    return {b.name: b for b in in_the_order_of_auto}
 
 
 BACKENDS: dict[str, Backend] = _registry()

@@ -132,7 +132,7 @@ class TritonBackend(Backend):
             with torch.cuda.device_of(x):
                 return depthwise.conv2d(x, weight, bias, geometry)
         active = cast(weight, weight[:out_channels, : x.size(1)], x.dtype)
-        return conv2d.conv2d(x, active, bias, out_channels, geometry, _convolution_precision(x))
+        return self._product(x, active, bias, out_channels, geometry, _convolution_precision(x))
 
     def conv2d_backward(
         self,
@@ -162,14 +162,15 @@ class TritonBackend(Backend):
         if not need_grad_x:
             return None
         dx = torch.empty_like(x, memory_format=torch.channels_last)
-        conv2d.input_gradient(grad, cast(weight, weight[: grad.size(1), : x.size(1)], x.dtype), dx, geometry, precision)
+        active = cast(weight, weight[: grad.size(1), : x.size(1)], x.dtype)
+        self._input_gradient(grad, active, dx, geometry, precision)
         return dx
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
         from us3l_kernels.triton import conv2d
 
         active = cast(weight, weight[:out_features, :in_features], x.dtype)[:, :, None, None]
-        y = conv2d.conv2d(_image(x, in_features), active, bias, out_features, conv2d.POINT, _linear_precision(x))
+        y = self._product(_image(x, in_features), active, bias, out_features, conv2d.POINT, _linear_precision(x))
         return y.view(*x.shape[:-1], out_features)
 
     def linear_backward(
@@ -195,8 +196,21 @@ class TritonBackend(Backend):
         active = cast(weight, weight[: grad.size(-1), :in_features], x.dtype)[:, :, None, None]
         whole = in_features == x.size(-1)
         dx = x.new_empty(x.shape) if whole else x.new_zeros(x.shape)
-        conv2d.input_gradient(grads, active, _image(dx, in_features), conv2d.POINT, precision)
+        self._input_gradient(grads, active, _image(dx, in_features), conv2d.POINT, precision)
         return dx
+
+    def _product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, geometry: Any, precision: str
+    ) -> Tensor:
+        """The forward of a convolution with one group, and of a linear layer as one of images of one pixel."""
+        from us3l_kernels.triton import conv2d
+
+        return conv2d.conv2d(x, weight, bias, outputs, geometry, precision)
+
+    def _input_gradient(self, grad: Tensor, weight: Tensor, dx: Tensor, geometry: Any, precision: str) -> None:
+        from us3l_kernels.triton import conv2d
+
+        conv2d.input_gradient(grad, weight, dx, geometry, precision)
 
     def batch_norm(
         self,

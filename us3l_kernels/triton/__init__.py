@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-KERNEL_FILES = ("conv2d", "depthwise", "batch_norm", "layer_norm", "reductions")
+KERNEL_FILES = ("conv2d", "tma", "depthwise", "batch_norm", "layer_norm", "reductions")
 """The modules of this package that have `binaries(capability)`."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,12 +11,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+
+
+def version(module: ModuleType) -> tuple[int, ...]:
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
+pytestmark = pytest.mark.skipif(
+    version(triton) < (3, 9) and version(numpy) >= (2, 4),
+    reason="the interpreter of Triton before 3.9 makes an int of an array of one element, which numpy refuses since 2.4",
+)
 
 
 def run_interpreted(*arguments: str) -> None:
