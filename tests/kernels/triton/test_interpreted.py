@@ -27,7 +27,7 @@ def version(module: ModuleType) -> tuple[int, ...]:
 
 pytestmark = pytest.mark.skipif(
     version(triton) < (3, 9) and version(numpy) >= (2, 4),
-    reason="the interpreter of Triton before 3.9 makes an int of an array of one element, which numpy refuses since 2.4",
+    reason="the interpreter of Triton before 3.9 makes an int of an array, which numpy refuses since 2.4",
 )
 
 
