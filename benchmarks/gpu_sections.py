@@ -737,6 +737,57 @@ def norms(setup: Setup) -> Iterator[Item]:
             yield f"{list(shape)}{', residual' if residual else ''}", partial(run, *shape, residual)
 
 
+def pairs(setup: Setup) -> Iterator[Item]:
+    """A convolution and the norm behind it (two views, ReLU), forward: one operation beside two of the same kernels and
+    beside cuDNN on packed weights with each norm. The gain is predicted to be one read of the convolution's result."""
+    shapes = [(4, 16, 24, 8, 3)] if setup.smoke else [
+        (256, 64, 64, 32, 3), (256, 128, 128, 16, 3), (256, 40, 40, 32, 3), (256, 64, 64, 56, 3), (256, 64, 256, 56, 1),
+        (256, 256, 64, 56, 1), (256, 1024, 256, 14, 1), (256, 16, 96, 112, 1), (256, 144, 24, 56, 1),
+    ]  # fmt: skip
+
+    def run(n: int, c: int, k: int, size: int, kernel: int) -> dict[str, Any]:
+        from us3l_kernels.backends.triton import conv2d_batch_norm
+
+        triton, dtype = BACKENDS["triton"], torch.float32 if setup.smoke else torch.bfloat16
+        layout = {"memory_format": torch.channels_last}
+        xs = [torch.randn(n, c, size, size, device=setup.device).to(dtype, **layout) for _ in range(SETS)]
+        weight = nn.Parameter(torch.randn(k, c, kernel, kernel, device=setup.device).to(**layout) / c**0.5 / kernel)
+        vectors = torch.rand(k, device=setup.device), torch.rand(k, device=setup.device)
+        geometry = {"stride": [1, 1], "padding": [kernel // 2] * 2, "dilation": [1, 1]}
+        if not triton.can_run("conv2d", xs[0], weight, out_channels=k, groups=1, **geometry):
+            return {"skipped": f"backend triton: {triton.unavailable()}"}
+        copies = packed.PackedWeights()
+
+        def together(i: int) -> Any:
+            with copies:
+                return conv2d_batch_norm(xs[i], weight, *vectors, None, k, *geometry.values(), 1e-5, 2, "relu")
+
+        def apart(i: int, convolution: Any, norm: Any) -> Any:
+            with copies:
+                y = convolution.conv2d(xs[i], weight, None, k, *geometry.values(), 1)
+            return norm.batch_norm(y, *vectors, None, None, None, True, 0.1, 1e-5, 2, "relu")
+
+        sides: dict[str, Callable[[int], object]] = {"together": together}
+        for name in backends("batch_norm"):
+            if BACKENDS[name].can_run(
+                "batch_norm", xs[0], vectors[0], training=True, views=2, activation="relu", residual=False
+            ):
+                for convolution in ("triton", "aten"):
+                    both = {"convolution": BACKENDS[convolution], "norm": BACKENDS[name]}
+                    sides[f"{convolution}, then {name}"] = partial(apart, **both)
+        with torch.no_grad():
+            (y, _, *given), expected = together(0), apart(0, triton, BACKENDS["reference"])
+            for name, a, b in zip(("y", "mean", "rstd"), (y, *given), expected, strict=True):
+                if not (error := harness.relative_error(a, b)) <= SMALL[dtype]:
+                    raise harness.Mismatch(f"{name} differs by {error:.1e} from that of two operations")
+            sides = {name: side for name, side in sides.items() if "reference" not in name}
+            times = microseconds(setup, sides)
+        return times | {"predicted_us_saved": y.nbytes / rates(setup).bandwidth * 1e6}
+
+    for n, c, k, size, kernel in shapes:
+        yield f"{kernel}x{kernel} {c} -> {k} @{size}, {n} images", partial(run, n, c, k, size, kernel)
+
+
 def packing(setup: Setup) -> Iterator[Item]:
     """All weights of a width: packed at once beside cast one by one; gradients added at once beside one by one, and
     beside the zero-filled ones of autograd's slices."""
@@ -986,11 +1037,12 @@ SECTIONS: dict[int, dict[str, tuple[Callable[[Setup], Iterator[Item]], float]]] 
     2: {"linear layers": (linear_layers, 0.1), "convolutions": (convolutions, 0.9)},
     3: {
         "norms": (norms, 0.08),
+        "pairs": (pairs, 0.04),
         "packing": (packing, 0.04),
         "updates": (updates, 0.04),
         "tuning": (tuning, 0.14),
         "capture": (capture, 0.1),
-        "steps": (steps, 0.5),
+        "steps": (steps, 0.46),
         "random widths": (random_widths, 0.1),
     },
 }

@@ -2,7 +2,7 @@
 
 1  the machine, the correctness of every kernel, compute-sanitizer, graphs beside eager, profiles of eager steps
 2  convolutions: every backend and tile beside cuDNN, by how much an own kernel may be slower
-3  norms, packing, updates, the cost of graphs, whole steps beside their rivals, random widths
+3  norms, convolutions with them, packing, updates, the cost of graphs, whole steps beside their rivals, random widths
 
 It needs torch and this checkout with its kernels built (`make build PYTHON=python3`), and no network. Every section
 runs in a process of its own, item by item: an item that raises, hangs or takes the process with it (an illegal address

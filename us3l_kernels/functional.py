@@ -26,7 +26,7 @@ def _pair(name: str, value: int | tuple[int, int] | list[int], least: int) -> li
     return pair
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of autocast, where it is on for x: not for float64, nor on the meta device, which has none."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
@@ -36,7 +36,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What torch's autocast does to a matrix product, but that float32 weights are cast slice by slice later on."""
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is None:
         return x, weight, bias
     half = [t.to(dtype) if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in (weight, bias)]
@@ -269,7 +269,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: fl
     """
     if x.dim() < 1:
         raise ValueError("layer_norm: x: expected [..., C], got a scalar")
-    if _autocast_dtype(x) is not None and x.device.type != "cpu":
+    if autocast_dtype(x) is not None and x.device.type != "cpu":
         x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))  # type: ignore[assignment]
     _check_vectors("layer_norm", x, x.size(-1), weight=weight, bias=bias)
     return ops.layer_norm(x, weight, bias, eps, choose("layer_norm", x, weight))[0]

@@ -1,6 +1,8 @@
-"""How tensors lie in memory: what more than one backend asks."""
+"""Sizes of tensors, and how they lie in memory: what more than one place asks."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,3 +24,17 @@ def is_rows(x: Tensor, channels: int) -> bool:
                 return False
             expected = x.stride(d) * x.size(d)
     return True
+
+
+def convolved(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """(height, width) of the result of a convolution of images of that size."""
+    h, w = (
+        (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
+    )
+    return h, w

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from us3l_kernels.backends import BACKENDS
 from us3l_kernels.gradients import slot_of
+from us3l_kernels.layout import convolved
 
 LIBRARY = torch.library.Library("us3l", "DEF")
 
@@ -98,9 +99,7 @@ def _conv2d_fake(
     groups: int,
     backend: str,
 ) -> Tensor:
-    height, width = (
-        (x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(2 + d) - 1) - 1) // stride[d] + 1 for d in (0, 1)
-    )
+    height, width = convolved(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return _empty(x, (x.size(0), out_channels, height, width), is_channels_last(x) or is_channels_last(weight))
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from us3l_kernels.layout import convolved
+
 
 def active_conv_weight(weight: Tensor, in_channels: int, out_channels: int, groups: int) -> tuple[Tensor, int]:
     """The view of a full convolution weight that a sub-network uses, and its number of groups.
@@ -71,7 +73,7 @@ def _patches(
 ) -> Tensor:
     """[N, C, H, W] -> [N, groups, C / groups, taps, H', W']."""
     n, c = x.shape[:2]
-    output = [(x.size(2 + d) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)]
+    output = convolved(x.shape[2:], kernel, stride, padding, dilation)
     padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     taps = torch.stack(list(_taps(padded, kernel, output, stride, dilation)), dim=2)
     return taps.reshape(n, groups, c // groups, taps.size(2), *output)

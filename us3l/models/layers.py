@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from us3l_kernels.nn import SlicedBatchNorm2d, SlicedConv2d, SwitchableBatchNorm2d
+from us3l_kernels.nn import SlicedBatchNorm2d, SlicedConv2d, SwitchableBatchNorm2d, conv_norm
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution and its norm; forward as `us3l_kernels.nn.conv_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self
+        return conv_norm(x, conv, norm)
 
 
 @dataclass(frozen=True)

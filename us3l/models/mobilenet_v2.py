@@ -12,8 +12,8 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from us3l.models.backbone import Backbone
-from us3l.models.layers import Layers, initialise
-from us3l_kernels.nn import SlicedBatchNorm2d, SlicedLinear
+from us3l.models.layers import ConvNorm, Layers, initialise
+from us3l_kernels.nn import SlicedBatchNorm2d, SlicedLinear, conv_norm
 
 # expansion ratio, channels, blocks, stride of the first block
 STAGES = (
@@ -56,10 +56,10 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
-        *layers, last_norm = self.body
-        for layer in layers:
-            y = layer(y)
-        return last_norm(y, x if self.has_residual else None)
+        *layers, last_conv, last_norm = self.body
+        for conv, norm in zip(layers[::2], layers[1::2], strict=True):
+            y = conv_norm(y, conv, norm)
+        return conv_norm(y, last_conv, last_norm, x if self.has_residual else None)
 
 
 class MobileNetV2(Backbone):
@@ -78,7 +78,7 @@ class MobileNetV2(Backbone):
             raise ValueError(f"stem: MobileNetV2 has imagenet or cifar, got {stem!r}")
         stem_stride = 2 if stem == "imagenet" else 1
         self.features = nn.Sequential(
-            nn.Sequential(layers.conv(in_channels, STEM_CHANNELS, 3, stem_stride), layers.norm(STEM_CHANNELS, "relu6"))
+            ConvNorm(layers.conv(in_channels, STEM_CHANNELS, 3, stem_stride), layers.norm(STEM_CHANNELS, "relu6"))
         )
         self.residual_sums = []
         self.stages = {}
@@ -100,7 +100,7 @@ class MobileNetV2(Backbone):
         self.stages[f"features.{len(self.features) - 1}"] = channels
         # This norm has 1280 channels at every width: never a switchable one, whose width-w member has fewer.
         self.features.append(
-            nn.Sequential(
+            ConvNorm(
                 layers.conv(channels, LAST_CHANNELS, 1, slice_out=False),
                 SlicedBatchNorm2d(LAST_CHANNELS, track_running_stats=False, activation="relu6"),
             )

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from us3l.models.backbone import Backbone
-from us3l.models.layers import Layers, initialise
-from us3l_kernels.nn import SlicedLinear, residual_block
+from us3l.models.layers import ConvNorm, Layers, initialise
+from us3l_kernels.nn import SlicedLinear, conv_norm, residual_block
 
 
 class BasicBlock(nn.Module):
@@ -52,16 +52,16 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(in_channels, out_channels, stride, layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x))
-        y = self.bn2(self.conv2(y))
+        y = conv_norm(x, self.conv1, self.bn1)
+        y = conv_norm(y, self.conv2, self.bn2)
         residual = x if self.downsample is None else self.downsample(x)
-        return self.bn3(self.conv3(y), residual)
+        return conv_norm(y, self.conv3, self.bn3, residual)
 
 
-def _downsample(in_channels: int, out_channels: int, stride: int, layers: Layers) -> nn.Sequential | None:
+def _downsample(in_channels: int, out_channels: int, stride: int, layers: Layers) -> ConvNorm | None:
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(layers.conv(in_channels, out_channels, 1, stride), layers.norm(out_channels))
+    return ConvNorm(layers.conv(in_channels, out_channels, 1, stride), layers.norm(out_channels))
 
 
 class ResNet(Backbone):
@@ -118,7 +118,7 @@ class ResNet(Backbone):
         initialise(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.bn1(self.conv1(x)))
+        x = self.maxpool(conv_norm(x, self.conv1, self.bn1))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
         return x.mean((2, 3))

@@ -263,6 +263,11 @@ def observed(observer: Observer) -> Iterator[None]:
         _observer = before
 
 
+def is_observed() -> bool:
+    """Whether someone wants to see every operation: then none may be a part of another."""
+    return _observer is not None
+
+
 @torch.compiler.assume_constant_result
 def look_up(call: Call, x_gradient: bool, weight_gradient: bool) -> tuple[str, str] | None:
     """The Choice for a call, and for which of its inputs gradients are needed; None if it was not measured."""

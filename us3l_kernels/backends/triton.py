@@ -18,7 +18,7 @@ from torch import Tensor
 
 from us3l_kernels import triton
 from us3l_kernels.backends import Backend
-from us3l_kernels.layout import is_rows
+from us3l_kernels.layout import convolved, is_rows
 from us3l_kernels.packed import accumulate_, cast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -284,6 +284,35 @@ class TritonBackend(Backend):
             return layer_norm.backward(grad, x, weight, mean, rstd, grad_weight, grad_bias, need_grad_x)
 
 
+def conv2d_batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    eps: float,
+    views: int,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, c, mean [V, K], rstd [V, K]): c is `conv2d` with one group, y its `batch_norm` in training, without running
+    statistics, by the moments that the convolution takes on its way."""
+    from us3l_kernels.triton import batch_norm, conv2d
+
+    geometry = conv2d.Geometry.of(weight, stride, padding, dilation)
+    active = cast(weight, weight[:out_channels, : x.size(1)], x.dtype)
+    c, moments = conv2d.conv2d_moments(x, active, out_channels, geometry, _convolution_precision(x), views)
+    parameters, running = (norm_weight, norm_bias), (None, None)
+    with torch.cuda.device_of(x):
+        y, mean, rstd = batch_norm.forward(
+            c, *parameters, *running, residual, True, 0.0, eps, views, activation, moments
+        )
+    return y, c, mean, rstd
+
+
 def _why_not_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -296,9 +325,7 @@ def _why_not_conv2d(
     depthwise = _is_depthwise(weight, groups)
     if groups != 1 and not depthwise:
         return f"it takes convolutions with one group or one filter per channel, there are {groups} groups"
-    size = [
-        (x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(2 + d) - 1) - 1) // stride[d] + 1 for d in (0, 1)
-    ]
+    size = convolved(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     reason = None if depthwise else _why_not_product(x)
     return reason or _why_not_large(x, weight, x.size(0) * max(x.size(2) * x.size(3), math.prod(size)))
 

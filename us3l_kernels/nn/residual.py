@@ -11,6 +11,7 @@ from us3l_kernels import fused
 from us3l_kernels.backends import choose
 from us3l_kernels.nn.batch_norm import SlicedBatchNorm2d
 from us3l_kernels.nn.conv import SlicedConv2d
+from us3l_kernels.nn.conv_norm import conv_norm, is_plain, is_plain_norm
 from us3l_kernels.width import current_views
 
 
@@ -21,15 +22,15 @@ def residual_block(
 
     In training on a CPU with the native kernels the convolutions of 3x3, stride 1, and the norms are one operation
     (`us3l_kernels.fused`), as long as nothing but their result is asked of the modules: no hooks, no running
-    statistics, no synchronised or calibrating norms, no torch.compile. Otherwise the modules are called one by one.
+    statistics, no synchronised or calibrating norms, no torch.compile. Otherwise they are called in pairs: `conv_norm`.
     """
-    if not (_is_fusible(conv2, norm2) and _is_relu_norm(norm1) and _is_relu_norm(norm2)):
-        return norm2(conv2(norm1(conv1(x))), residual)
+    if not (_is_fusible(conv2, norm2) and _is_relu_norm(norm1) and _is_relu_norm(norm2)) or x.device.type != "cpu":
+        return conv_norm(conv_norm(x, conv1, norm1), conv2, norm2, residual)
     first = conv1 if _is_fusible(conv1, norm1) else None
     c = x if first is not None else conv1(x)
     entry = conv2 if first is None else first  # the first convolution of the operation: it reads c
     if c.dtype != residual.dtype or not _runs_natively(entry, norm2, c):
-        return norm2(conv2(norm1(c if first is None else conv1(x))), residual)
+        return conv_norm(norm1(c) if first is None else conv_norm(x, conv1, norm1), conv2, norm2, residual)
     for norm in (norm1, norm2):
         norm.forget_calibration()
     return fused.basic_block(
@@ -49,13 +50,6 @@ def residual_block(
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling the module is calling its forward and nothing else."""
-    return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _is_fusible(conv: nn.Module, norm: nn.Module) -> TypeGuard[SlicedConv2d]:
     """Whether these modules, as they stand, are a 3x3 convolution and a batch norm with ReLU that do nothing else."""
     return (
@@ -63,34 +57,29 @@ def _is_fusible(conv: nn.Module, norm: nn.Module) -> TypeGuard[SlicedConv2d]:
         and type(conv).forward is SlicedConv2d.forward
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and (conv.groups, conv.padding_mode, conv.bias) == (1, "zeros", None)
-        and _is_plain(conv)
+        and is_plain(conv)
         and _is_relu_norm(norm)
     )
 
 
 def _is_relu_norm(norm: nn.Module) -> TypeGuard[SlicedBatchNorm2d]:
-    return (
-        isinstance(norm, SlicedBatchNorm2d)
-        and type(norm).forward is SlicedBatchNorm2d.forward
-        and norm.activation == "relu"
-        and norm.uses_batch_statistics_alone()
-        and _is_plain(norm)
-    )
+    return is_plain_norm(norm) and norm.activation == "relu"
 
 
 def _runs_natively(conv: SlicedConv2d, norm: SlicedBatchNorm2d, x: Tensor) -> bool:
     """Whether this convolution of x and this norm are ones that run on the native kernels, and x is one they take."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != dtype or x.dim() != 4:
+    if torch.compiler.is_compiling() or x.dtype != dtype or x.dim() != 4:
         return False
     views, channels = current_views(), conv.active_out_channels
     values = x.numel() // x.size(1) // views if x.numel() else 0
     if not (8 <= x.size(1) <= conv.in_channels and channels >= 8 and x.size(0) % views == 0 and values > 1):
         return False  # not for Winograd, or bad input: the modules say what is wrong with it
-    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+    # In the order of functional.conv2d: what was measured is found by it.
+    call = {"out_channels": channels, "groups": 1, "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
     return (
         conv.weight.dtype == torch.float32
-        and choose("conv2d", x, conv.weight, out_channels=channels, **geometry) == "native"
+        and choose("conv2d", x, conv.weight, **call) == "native"
         and choose("batch_norm", x, norm.weight, training=True, views=views, activation="relu", residual=True)
         == "native"
     )

@@ -6,7 +6,8 @@ depends on the shapes alone: chunks into a workspace, then the chunks, of each c
 
 Bytes per element of x, which is what bounds the time (2 a value in half precision):
 
-- training, forward: x twice, y once: 6; with a residual 8. Evaluation: 4; with a residual 6.
+- training, forward: x twice, y once: 6; with a residual 8. Evaluation, and behind a convolution that has given the
+  moments of x: 4; with a residual 6.
 - backward: grad and x twice, dX once: 10. With a residual grad, x and y once, dResidual (grad where the activation
   passes it) once written and once read, x again, dX: 14.
 
@@ -30,8 +31,8 @@ from torch import Tensor
 from us3l_kernels.triton import Binary
 from us3l_kernels.triton.reductions import (
     CHUNKS,
-    STAGE2,
     WARPS,
+    Moments,
     add_sums,
     in_chunks,
     load_partials,
@@ -109,13 +110,6 @@ def moments_kernel(
     tl.store(partials_ptr + channels + c, tl.sum(m2 + terms * deviation * deviation, 0), mask=c_ok)
 
 
-@triton.jit
-def _share(first, rows, rows_per_chunk, BLOCK_CHUNKS: tl.constexpr):
-    """The part of all rows that each of BLOCK_CHUNKS chunks has, as a column."""
-    chunk = (first + tl.arange(0, BLOCK_CHUNKS)).to(tl.int64)
-    return (tl.minimum(rows - chunk * rows_per_chunk, rows_per_chunk).to(tl.float32) / rows)[:, None]
-
-
 @triton.jit(do_not_specialize=["rows", "rows_per_chunk", "chunks", "views", "channels", "momentum", "eps"])
 def statistics_kernel(
     partials_ptr,  # [views, chunks, 2, channels]: mean and sum of squared deviations
@@ -138,17 +132,21 @@ def statistics_kernel(
     running_mean = load_vector(running_mean_ptr, c, channels, 0.0)
     running_var = load_vector(running_var_ptr, c, channels, 0.0)
     for view in range(0, views):
-        lanes = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
+        lanes = tl.zeros((BLOCK_CHUNKS, 1), tl.float32)  # rows, mean and squared deviations so far, of every lane
+        means = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
+        m2 = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
         for i in range(0, chunks, BLOCK_CHUNKS):
-            of_chunk, _, _ = load_partials(partials_ptr, view, i, chunks, c, channels, BLOCK_CHUNKS)
-            lanes += _share(i, rows, rows_per_chunk, BLOCK_CHUNKS) * of_chunk
-        mean = tl.sum(lanes, 0)
-        lanes = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
-        for i in range(0, chunks, BLOCK_CHUNKS):
-            of_chunk, m2, ok = load_partials(partials_ptr, view, i, chunks, c, channels, BLOCK_CHUNKS)
-            deviation = tl.where(ok, of_chunk - mean[None, :], 0.0)
-            lanes += m2 / rows + _share(i, rows, rows_per_chunk, BLOCK_CHUNKS) * deviation * deviation
-        var = tl.sum(lanes, 0)
+            of_chunk, m2_of_chunk, _ = load_partials(partials_ptr, view, i, chunks, c, channels, BLOCK_CHUNKS)
+            first = (i + tl.arange(0, BLOCK_CHUNKS)).to(tl.int64) * rows_per_chunk
+            count = tl.maximum(tl.minimum(rows - first, rows_per_chunk), 0).to(tl.float32)[:, None]
+            share = count / tl.maximum(lanes + count, 1.0)
+            deviation = of_chunk - means  # of no rows: nothing is added
+            means += deviation * share
+            m2 += m2_of_chunk + deviation * deviation * (lanes * share)
+            lanes += count
+        mean = tl.sum(means * (lanes / rows), 0)
+        deviation = means - mean[None, :]
+        var = tl.sum(m2 / rows + deviation * deviation * (lanes / rows), 0)
         tl.store(mean_ptr + view * channels + c, mean, mask=c_ok)
         tl.store(rstd_ptr + view * channels + c, 1.0 / tl.sqrt(var + eps), mask=c_ok)
         running_mean += momentum * (mean - running_mean)
@@ -336,6 +334,9 @@ ELEMENTS = {8: 4096, 1: 2048}
 TILES_A_PROGRAM = 4
 """A program that reduces nothing takes this many tiles, so that reading its parameters does not count."""
 
+STATISTICS = {"BLOCK_CHUNKS": 512, "BLOCK_C": 8}
+"""The tile of the second stage of the statistics: many chunks at a time, for a convolution gives one for each tile."""
+
 
 def _block_c(channels: int) -> int:
     return min(BLOCKS_C, key=lambda block: (triton.cdiv(channels, block) * block, -block))
@@ -371,8 +372,9 @@ def forward(
     eps: float,
     views: int,
     activation: str | None,
+    moments: Moments | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `Backend.batch_norm`, for x that is rows of channels."""
+    """As `Backend.batch_norm`, for x that is rows of channels; in training with its `moments`, if they are known."""
     channels = x.size(1)
     rows = x.numel() // (channels * views)
     y = new_rows(x)
@@ -381,26 +383,26 @@ def forward(
     mean = x.new_empty(views, channels, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if training:
-        tile, per_chunk, chunks = _reduction(rows, views, channels, vector)
-        partials = partial_sums(chunks, channels, x, views)
-        grid = (chunks * triton.cdiv(channels, tile["BLOCK_C"]), views)
-        moments_kernel[grid](
-            x, partials, rows, per_chunk, chunks, units, x_stride, **tile, num_warps=WARPS
-        )
-        statistics_kernel[(triton.cdiv(channels, STAGE2["BLOCK_C"]),)](
-            partials,
+        if moments is None:
+            tile, per_chunk, chunks = _reduction(rows, views, channels, vector)
+            moments = Moments(partial_sums(chunks, channels, x, views), per_chunk)
+            moments_kernel[(chunks * triton.cdiv(channels, tile["BLOCK_C"]), views)](
+                x, moments.partials, rows, per_chunk, chunks, units, x_stride, **tile, num_warps=WARPS
+            )
+        statistics_kernel[(triton.cdiv(channels, STATISTICS["BLOCK_C"]),)](
+            moments.partials,
             mean,
             rstd,
             running_mean,
             running_var,
             rows,
-            per_chunk,
-            chunks,
+            moments.rows,
+            moments.partials.size(1),
             views,
             channels,
             momentum,
             eps,
-            **STAGE2,
+            **STATISTICS,
             num_warps=WARPS,
         )
         running_mean = running_var = None
@@ -519,7 +521,7 @@ def binaries(capability: int) -> Iterator[Binary]:
         "batch norm statistics",
         statistics_kernel,
         {**dict.fromkeys(("partials_ptr", *_VECTORS), "*fp32"), "momentum": "fp32", "eps": "fp32"},
-        STAGE2,
+        STATISTICS,
         warps=WARPS,
         stages=3,
         matrix=False,

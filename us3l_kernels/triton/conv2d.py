@@ -11,6 +11,9 @@ The forward and dX are one kernel. A pixel of y sees x at stride * pixel + dilat
 that are equal modulo the stride (a phase) see dY at pixel / stride + something linear in every stride-th tap: so each
 phase is a convolution with stride 1, over its own taps, and the phases are the second axis of the grid.
 
+The forward can also give the mean and the sum of squared deviations of every tile of pixels that it writes, for a batch
+norm behind it.
+
 dW splits the pixels into pieces, each summed into a buffer of its own, which a second kernel adds up in a fixed order.
 All sums are in float32. Addresses are 64-bit; the number of pixels, and of elements of a weight, is below 2^30.
 """
@@ -28,8 +31,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.layout import is_rows
+from us3l_kernels.layout import convolved, is_rows
 from us3l_kernels.triton import DTYPES, SHARED_MEMORY, Binary
+from us3l_kernels.triton.reductions import Moments, partial_sums
 
 # ---------------------------------------------------------------------------------------------- kernels
 
@@ -64,7 +68,7 @@ def product_kernel(
     w_ptr,  # the full weight, channels innermost
     y_ptr,  # pixels to write: y, or dX
     bias_ptr,
-    partials_ptr,  # float32 [tiles of rows, 2, n]: mean and sum of squared deviations of a tile
+    partials_ptr,  # float32 [views, tiles of rows, 2, n]: mean and sum of squared deviations of a tile
     images,  # of a view
     a_h,
     a_w,
@@ -203,54 +207,13 @@ def product_kernel(
     ok = row_ok[:, None] & n_ok[None, :]
     tl.store(y_ptr + target[:, None] * (y_stride * VECTOR) + n[None, :], result, mask=ok)
     if STATISTICS:  # of what was stored, which is what a batch norm would read
-        values = tl.where(ok, result.to(tl.float32), 0.0)
+        values = result.to(tl.float32)
         count = tl.minimum(BLOCK_M, rows - tile * BLOCK_M).to(tl.float32)
-        mean = tl.sum(values, 0) / count
-        deviations = tl.where(ok, values - mean[None, :], 0.0)
+        mean = tl.sum(values, 0) / count  # past the last row there are zeros, without a bias
+        deviations = tl.where(row_ok[:, None], values - mean[None, :], 0.0)
         partial = partials_ptr + tile_m.to(tl.int64) * (2 * n_size) + n
         tl.store(partial, mean, mask=n_ok)
         tl.store(partial + n_size, tl.sum(deviations * deviations, 0), mask=n_ok)
-
-
-@triton.jit(do_not_specialize=["rows_of_view", "tiles_per_view", "channels"])
-def combine_statistics_kernel(
-    partials_ptr,  # float32 [views * tiles, 2, channels]: mean and sum of squared deviations of every tile
-    mean_ptr,  # float32 [views, channels]
-    variance_ptr,
-    rows_of_view,
-    tiles_per_view,
-    channels,
-    ROWS_OF_TILE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Mean and biased variance of every view from those of its tiles. Source: Chan, Golub and LeVeque, 1983, (2.1)."""
-    view = tl.program_id(1)
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    channel_ok = channel < channels
-    of_view = partials_ptr + view.to(tl.int64) * tiles_per_view * (2 * channels) + channel
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    squares = tl.zeros((BLOCK_C,), tl.float32)
-    for moment in tl.static_range(2):  # the mean of all tiles, then what is spread about it
-        total = tl.zeros((BLOCK_C,), tl.float32)
-        for start in range(0, tiles_per_view, BLOCK_T):
-            tile = start + tl.arange(0, BLOCK_T)
-            ok = (tile < tiles_per_view)[:, None] & channel_ok[None, :]
-            count = tl.minimum(ROWS_OF_TILE, rows_of_view - tile * ROWS_OF_TILE).to(tl.float32)[:, None]
-            partial = of_view[None, :] + (tile.to(tl.int64) * (2 * channels))[:, None]
-            tile_mean = tl.load(partial, mask=ok, other=0.0)
-            if moment == 0:
-                total += tl.sum(tl.where(ok, tile_mean * count, 0.0), 0)
-            else:
-                within = tl.load(partial + channels, mask=ok, other=0.0)
-                between = (tile_mean - mean[None, :]) * (tile_mean - mean[None, :]) * count
-                total += tl.sum(tl.where(ok, within + between, 0.0), 0)
-        if moment == 0:
-            mean = total / rows_of_view
-        else:
-            squares = total
-    tl.store(mean_ptr + view * channels + channel, mean, mask=channel_ok)
-    tl.store(variance_ptr + view * channels + channel, squares / rows_of_view, mask=channel_ok)
 
 
 @triton.jit(
@@ -442,10 +405,10 @@ GRADIENT_TILES = {
     "ieee": (Tile(32, 64, 32, 4),),
     "any": (Tile(64, 64, 32, 8),),
 }
+COLUMNS_WITH_STATISTICS = 128  # at most: their epilogue holds the results once more, in float32
 LEAST_ROWS_OF_A_PIECE = 512
 BLOCKS_PER_MULTIPROCESSOR = 2  # that dW's pieces make, if there are rows enough
 ADDED_AT_A_TIME = 1024  # elements of dW, by one block
-COMBINED_TILES, COMBINED_CHANNELS = 32, 32  # of statistics, by one block
 
 
 @dataclass(frozen=True)
@@ -466,11 +429,7 @@ class Geometry:
         return cls((kh, kw), (sh, sw), (ph, pw), (dh, dw))
 
     def output(self, size: Sequence[int]) -> tuple[int, int]:
-        h, w = (
-            (size[d] + 2 * self.padding[d] - self.dilation[d] * (self.kernel[d] - 1) - 1) // self.stride[d] + 1
-            for d in (0, 1)
-        )
-        return h, w
+        return convolved(size, self.kernel, self.stride, self.padding, self.dilation)
 
     def constants(self) -> dict[str, int]:
         pairs = {"STRIDE": self.stride, "PADDING": self.padding, "DILATION": self.dilation}
@@ -508,9 +467,13 @@ def device(index: int | None) -> Device:
     )
 
 
-def _tile(tiles: dict[str, tuple[Tile, ...]], precision: str, vector: int, channels: int, capability: int) -> Tile:
+def _tile(
+    tiles: dict[str, tuple[Tile, ...]], precision: str, vector: int, channels: int, capability: int, most: int = 1 << 31
+) -> Tile:
+    """The first that fits, with at most `most` columns."""
     key = "any" if vector == 1 and precision != "ieee" else precision
-    return next(tile for tile in tiles[key] if channels <= tile.channels and capability >= tile.capability)
+    fitting = (tile for tile in tiles[key] if channels <= tile.channels and capability >= tile.capability)
+    return next(tile for tile in fitting if tile.n <= most)
 
 
 def _settings(tile: Tile, itemsize: int, shared_memory: int) -> dict[str, int]:
@@ -581,8 +544,8 @@ def _product(
     *,
     gradient: bool = False,
     views: int | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """Writes y from a; with `views`, also gives the mean and the biased variance of y, float32 [views, channels]."""
+) -> Moments | None:
+    """Writes y from a; with `views`, also gives the moments of y, a tile of rows being a chunk."""
     (images, k_size, a_h, a_w), (_, n_size, y_h, y_w) = a.shape, y.shape
     outputs, inputs = (k_size, n_size) if gradient else (n_size, k_size)
     a, a_stride = _pixels(a)
@@ -594,11 +557,12 @@ def _product(
     rows = images // parts * triton.cdiv(y_h, stride_h) * triton.cdiv(y_w, stride_w)  # the largest phase of a view
     phases = stride_h * stride_w
     gpu = device(a.device.index)
-    tile = _tile(PRODUCT_TILES, precision, vector, n_size, gpu.capability)
+    most = 1 << 31 if views is None else COLUMNS_WITH_STATISTICS
+    tile = _tile(PRODUCT_TILES, precision, vector, n_size, gpu.capability, most)
     if parts * phases * triton.cdiv(rows, tile.m) * triton.cdiv(n_size, tile.n) < gpu.multiprocessors:
         tile = FEW_ROWS.get(precision, tile) if vector > 1 else tile
     tiles = triton.cdiv(rows, tile.m)
-    partials = y if views is None else a.new_empty((parts * tiles, 2, n_size), dtype=torch.float32)
+    partials = None if views is None else partial_sums(tiles, n_size, a, views)
     constants = _product_constants(
         geometry,
         gradient=gradient,
@@ -614,7 +578,7 @@ def _product(
             weight,
             y,
             y if bias is None else bias,
-            partials,
+            y if partials is None else partials,
             images // parts,
             a_h,
             a_w,
@@ -630,21 +594,7 @@ def _product(
             **constants,
             **_settings(tile, a.element_size(), gpu.shared_memory),
         )
-        if views is None:
-            return None
-        mean, variance = a.new_empty((2, views, n_size), dtype=torch.float32)
-        combine_statistics_kernel[(triton.cdiv(n_size, COMBINED_CHANNELS), views)](
-            partials,
-            mean,
-            variance,
-            rows,
-            tiles,
-            n_size,
-            ROWS_OF_TILE=tile.m,
-            BLOCK_T=COMBINED_TILES,
-            BLOCK_C=COMBINED_CHANNELS,
-        )
-    return mean, variance
+    return None if partials is None else Moments(partials, tile.m)
 
 
 def _result(x: Tensor, outputs: int, geometry: Geometry) -> Tensor:
@@ -665,18 +615,17 @@ def conv2d(
     return y
 
 
-def conv2d_statistics(
-    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, geometry: Geometry, precision: str, views: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`conv2d`, and the mean and biased variance of its result, float32 [views, outputs], as a batch norm needs them.
+def conv2d_moments(
+    x: Tensor, weight: Tensor, outputs: int, geometry: Geometry, precision: str, views: int
+) -> tuple[Tensor, Moments]:
+    """`conv2d` without bias, and the moments of its result as it is stored, for the batch norm behind it.
 
-    The batch, which is not empty, is `views` stacked views. Every tile of pixels lies in one view and gives its mean
-    and its sum of squared deviations; they are combined in a fixed order and without cancellation.
+    The batch, which is not empty, is `views` stacked views. Every tile of pixels lies in one view.
     """
     y = _result(x, outputs, geometry)
-    statistics = _product(x, weight, bias, y, geometry, precision, views=views)
-    assert statistics is not None
-    return y, *statistics
+    moments = _product(x, weight, None, y, geometry, precision, views=views)
+    assert moments is not None
+    return y, moments
 
 
 def input_gradient(grad: Tensor, weight: Tensor, dx: Tensor, geometry: Geometry, precision: str) -> None:
@@ -785,6 +734,8 @@ def binaries(capability: int) -> Iterator[Binary]:
             if capability >= tile.capability:
                 for dx in (False, True):
                     yield product("3x3", tile, precision, dtype, dx=dx)
+                if tile.n <= COLUMNS_WITH_STATISTICS:
+                    yield product("3x3", tile, precision, dtype, statistics=True)
         for tile in GRADIENT_TILES[precision]:
             yield gradient("3x3", tile, precision, dtype)
     tile, narrow = PRODUCT_TILES["half"][1], PRODUCT_TILES["half"][0]
@@ -799,13 +750,16 @@ def binaries(capability: int) -> Iterator[Binary]:
     for flat in (False, True):
         yield gradient("3x3", narrow_of_gradient, "half", "bf16", flat=flat, add=True)
     yield gradient("3x3", narrow_of_gradient, "half", "bf16", flat=True)
-    yield product("3x3", tile, "half", "bf16", statistics=True)
+    for dtype in ("bf16", "fp16"):
+        yield product("1x1", tile, "half", dtype, statistics=True)
+    yield product("3x3", narrow, "half", "bf16", statistics=True, flat=True)
     yield product("1x1", tile, "half", "bf16", bias=True)
     for precision, dtype in (("half", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
         key = "ieee" if precision == "ieee" else "any"
         for flat in (False, True):
             for dx in (False, True):
                 yield product("3x3", PRODUCT_TILES[key][0], precision, dtype, dx=dx, flat=flat, vector=1)
+            yield product("3x3", PRODUCT_TILES[key][0], precision, dtype, statistics=True, flat=flat, vector=1)
             yield gradient("3x3", GRADIENT_TILES[key][0], precision, dtype, flat=flat, vector=1)
     for dtype in DTYPES:
         for vector, innermost in ((8, True), (1, True), (1, False)):
@@ -819,17 +773,6 @@ def binaries(capability: int) -> Iterator[Binary]:
                 matrix=False,
                 narrow=0 if vector > 1 else None,
             )
-    for tile in PRODUCT_TILES["half"][:2]:
-        yield Binary(
-            f"statistics of tiles of {tile.m} rows",
-            combine_statistics_kernel,
-            {"partials_ptr": "*fp32", "mean_ptr": "*fp32", "variance_ptr": "*fp32"},
-            {"ROWS_OF_TILE": tile.m, "BLOCK_T": COMBINED_TILES, "BLOCK_C": COMBINED_CHANNELS},
-            warps=4,
-            stages=3,
-            matrix=False,
-            narrow=None,
-        )
 
 
 _ANY = ", any channels"

@@ -6,6 +6,7 @@ Of every channel there are two sums; those of a chunk are in a workspace, float3
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -84,6 +85,14 @@ WARPS = 4
 def partial_sums(chunks: int, channels: int, like: Tensor, views: int = 1) -> Tensor:
     """The workspace of a two-stage reduction: float32 [views, chunks, 2, channels]."""
     return torch.empty(views, chunks, 2, channels, dtype=torch.float32, device=like.device)
+
+
+class Moments(NamedTuple):
+    """Of chunks of rows. partials: their means and sums of squared deviations. rows: of a chunk; a view's last has
+    what is left."""
+
+    partials: Tensor
+    rows: int
 
 
 def in_chunks(rows: int, block: int, most: int) -> tuple[int, int]:

@@ -112,13 +112,16 @@ def test_sum_of_pieces_is_added_in_any_layout(monkeypatch):
 
 
 @pytest.mark.parametrize("views", [1, 2])
-def test_statistics_of_the_result(views):
-    """Those of every view, also where the mean is a thousand times the deviation."""
-    x = random(4, 16, 7, 5, dtype=torch.float32)
-    weight, bias = random(24, 16, 3, 3, dtype=torch.float32) / 12, random(24, dtype=torch.float32) * 1000
-    geometry = kernels.Geometry((3, 3), (1, 1), (1, 1), (1, 1))
-    y, mean, variance = kernels.conv2d_statistics(x, weight, bias, 16, geometry, "ieee", views)
-    assert_close(y, F.conv2d(x.double(), weight[:16].double(), bias[:16].double(), padding=1), torch.float32)
-    by_view = y.double().unflatten(0, (views, -1)).transpose(1, 2).flatten(2)
-    assert_close(mean, by_view.mean(2), torch.float32)
-    torch.testing.assert_close(variance.double(), by_view.var(2, unbiased=False), rtol=1e-4, atol=0)
+def test_moments_of_the_result(views):
+    """Of every tile of every view, also where the mean is a thousand times the deviation."""
+    x = random(4, 16, 7, 5, dtype=torch.float32) + 3000
+    weight = random(24, 16, 3, 3, dtype=torch.float32) / 12
+    geometry = kernels.Geometry((3, 3), (1, 1), (0, 0), (1, 1))
+    y, moments = kernels.conv2d_moments(x, weight, 16, geometry, "ieee", views)
+    assert_close(y, F.conv2d(x.double(), weight[:16].double()), torch.float32)
+    by_view = y.double().unflatten(0, (views, -1)).movedim(2, -1).flatten(1, -2)
+    assert moments.partials.shape == (views, -(-by_view.size(1) // moments.rows), 2, 16)
+    for view, partials in zip(by_view, moments.partials.double(), strict=True):
+        for rows, (mean, squares) in zip(view.split(moments.rows), partials, strict=True):
+            torch.testing.assert_close(mean, rows.mean(0), rtol=1e-6, atol=0)
+            torch.testing.assert_close(squares, rows.var(0, correction=0) * len(rows), rtol=1e-4, atol=0)

@@ -121,8 +121,8 @@ def test_batch_norm_dtypes(case, dtype):
 def test_batch_norm_in_many_chunks(monkeypatch):
     """Several tiles in a chunk, several chunks in a view, several blocks of chunks in the second stage."""
     small = {"BLOCK_CHUNKS": 2, "BLOCK_C": 8}
-    for module in (batch_norm, reductions):
-        monkeypatch.setattr(module, "STAGE2", small)
+    monkeypatch.setattr(batch_norm, "STATISTICS", small)
+    monkeypatch.setattr(reductions, "STAGE2", small)
     monkeypatch.setattr(batch_norm, "ELEMENTS", {8: 64 * 4, 1: 16 * 4})
     monkeypatch.setattr(batch_norm, "CHUNKS", 6)
     check_batch_norm("relu", torch.float32, training=True)
