@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from us3l_kernels.errors import SettingError
+
 
 @dataclass
 class _Entry:
@@ -50,10 +52,10 @@ class _Cache:
 def _environment() -> _Cache:
     text = os.environ.get("US3L_WEIGHT_CACHE_MB") or "1024"
     if not text.isdecimal():
-        raise ValueError(f"US3L_WEIGHT_CACHE_MB: expected a number of megabytes (2**20 bytes), got {text!r}")
+        raise SettingError(f"US3L_WEIGHT_CACHE_MB: expected a number of megabytes (2**20 bytes), got {text!r}")
     check = os.environ.get("US3L_CHECK_CACHE") or "0"
     if check not in ("0", "1"):
-        raise ValueError(f"US3L_CHECK_CACHE: expected 0 or 1, got {check!r}")
+        raise SettingError(f"US3L_CHECK_CACHE: expected 0 or 1, got {check!r}")
     return _Cache(int(text) << 20, check == "1")
 
 
