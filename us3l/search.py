@@ -98,7 +98,7 @@ class Search:
     def run(
         self, budget: Budget, *, evaluations: int = 64, seed: int = 0, on_row: Callable[[int, Row], None] | None = None
     ) -> list[Row]:
-        """Evaluate up to `evaluations` sub-networks within `budget`; best first.
+        """Evaluate up to `evaluations` sub-networks within `budget`; best first, of equals the cheapest.
 
         The widest ones of a single width come first, so the result is at least as good as the best of these.
 
@@ -121,7 +121,8 @@ class Search:
                 on_row(len(rows), rows[genes])
             if len(rows) == evaluations:
                 break
-        return sorted(rows.values(), key=lambda row: -row["accuracy"])
+        cost = next(iter(budget.bounds))
+        return sorted(rows.values(), key=lambda row: (-row["accuracy"], row[cost]))
 
     def _candidates(self, budget: Budget, draw: random.Random, rows: dict[Genes, Row]) -> Iterator[Genes]:
         """New genes within the budget; `rows` are those evaluated so far, and grow meanwhile."""
