@@ -269,6 +269,8 @@ OP_CASES = (
     _layer_norm(3, 17, 24, 64),
     # the above are those of a smoke test
     _convolution(4, 64, 64, 64, 64, 16, 3),
+    _convolution(4, 40, 24, 80, 64, 13, 3),
+    _convolution(2, 72, 104, 80, 136, 9, 3),
     _convolution(4, 40, 80, 80, 128, 15, 3, 2),
     _convolution(2, 256, 136, 256, 256, 14, 3),
     _convolution(4, 3, 16, 3, 64, 33, 7, 2),

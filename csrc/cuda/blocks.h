@@ -37,6 +37,26 @@ __device__ __forceinline__ void merge_rows(int rows, int row_threads, const Merg
 // The second stage, for results that blocks have left: kSlices threads for each column, which take the blocks in turn.
 constexpr int kSlices = 16, kColumns = kBlock / kSlices;
 
+// The column of a thread.
+__device__ __forceinline__ int64_t column_of_thread() {
+  return int64_t{blockIdx.x} * kColumns + static_cast<int>(threadIdx.x) % kColumns;
+}
+
+// The sum of a thread's column of partials [blocks][columns], in a fixed order; true for the one thread that has it.
+__device__ __forceinline__ bool sum_of_blocks(const float* partials, int64_t blocks, int64_t columns,
+                                              double (&shared)[kBlock], double& sum) {
+  const int thread = static_cast<int>(threadIdx.x), slice = thread / kColumns;
+  const int64_t i = column_of_thread();
+  sum = 0.0;
+  if (i < columns)
+    for (int64_t block = slice; block < blocks; block += kSlices) sum += partials[block * columns + i];
+  shared[thread] = sum;
+  __syncthreads();
+  if (slice != 0 || i >= columns) return false;
+  for (int other = thread + kColumns; other < kBlock; other += kColumns) sum += shared[other];
+  return true;
+}
+
 inline dim3 blocks_for(int64_t columns, int each) { return dim3(static_cast<unsigned>((columns + each - 1) / each)); }
 
 }  // namespace us3l::cuda

@@ -286,15 +286,9 @@ __global__ void __launch_bounds__(kBlock)
     finish_filter_gradient_kernel(const float* partials, int64_t blocks, int64_t taps, int channels, int width,
                                   float* grad_weight, int64_t channel, int64_t row, int64_t column) {
   __shared__ double shared[kBlock];
-  const int thread = static_cast<int>(threadIdx.x), slice = thread / kColumns;
-  const int64_t i = int64_t{blockIdx.x} * kColumns + thread % kColumns, count = taps * channels;
-  double sum = 0.0;
-  if (i < count)
-    for (int64_t block = slice; block < blocks; block += kSlices) sum += partials[block * count + i];
-  shared[thread] = sum;
-  __syncthreads();
-  if (slice != 0 || i >= count) return;
-  for (int other = thread + kColumns; other < kBlock; other += kColumns) sum += shared[other];
+  double sum;
+  if (!sum_of_blocks(partials, blocks, taps * channels, shared, sum)) return;
+  const int64_t i = column_of_thread();
   const int64_t tap = i / channels;
   grad_weight[i % channels * channel + tap / width * row + tap % width * column] += static_cast<float>(sum);
 }

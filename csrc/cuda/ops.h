@@ -24,6 +24,20 @@ std::tuple<Tensor, Tensor> batch_norm_backward(
     const Tensor& mean, const Tensor& rstd, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
     bool need_grad_x, bool need_grad_residual, bool training, int64_t activation);
 
+// y = conv2d(x, weight[:out_channels, :c], bias[:out_channels]) with stride 1 and one group, on tensor cores, in bfloat16 or
+// float16 with sums in float32.
+//
+// x [N, c, H, W], channels innermost; weight [K, C, kh, kw], of its dtype, input channels innermost; of both all strides and
+// addresses are multiples of 8 elements. c and out_channels are multiples of 8. bias: float32. y is channels_last.
+Tensor conv2d(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, int64_t out_channels,
+              std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups);
+
+// Adds to grad_weight[:k, :c] (float32, any strides), where grad is [N, k, H', W']; returns dx, channels_last, an empty tensor
+// unless needed. grad_bias: none.
+Tensor conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, std::optional<Tensor> grad_weight,
+                       std::optional<Tensor> grad_bias, bool need_grad_x, std::vector<int64_t> stride,
+                       std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups);
+
 // As in ../ops.h, with float16 as well.
 Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::vector<int64_t> stride,
                         std::vector<int64_t> padding, std::vector<int64_t> dilation);

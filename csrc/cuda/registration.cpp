@@ -7,6 +7,8 @@
 STABLE_TORCH_LIBRARY_IMPL(us3l_native, CUDA, m) {
   m.impl("batch_norm", TORCH_BOX(&us3l::cuda::batch_norm));
   m.impl("batch_norm_backward", TORCH_BOX(&us3l::cuda::batch_norm_backward));
+  m.impl("conv2d", TORCH_BOX(&us3l::cuda::conv2d));
+  m.impl("conv2d_backward", TORCH_BOX(&us3l::cuda::conv2d_backward));
   m.impl("depthwise_conv2d", TORCH_BOX(&us3l::cuda::depthwise_conv2d));
   m.impl("depthwise_conv2d_backward", TORCH_BOX(&us3l::cuda::depthwise_conv2d_backward));
   m.impl("sgd_", TORCH_BOX(&us3l::cuda::sgd_));

@@ -48,9 +48,26 @@ GATES = {
     rf"filter_gradient_kernel<{TYPE}, {NUMBER}, {NUMBER}, {NUMBER}>": lambda w, k, s: vectors(
         w, 4 + 3 * int(s) + int(k), int(k)
     ),
+    # Reads are copies to shared memory. Pairs of float32 are what a thread has of a partial dW.
+    rf"correlate_product_kernel<{TYPE}, {NUMBER}, {FLAG}>": lambda n, _: (0, int(n)),
+    rf"gradient_product_kernel<{TYPE}, {NUMBER}>": lambda n: (0, 0),
     r"general_kernel<|filters_kernel|finish_\w+_kernel|running_statistics_kernel": lambda: (0, 0),
 }
 REGISTERS = 224  # of a thread at most: the filter gradient of 7x7 taps has its sums in them
+
+
+def check_tensor_cores(name: str, code: str) -> bool:
+    """Whether they have all products of the kernel. All it reads are 16-byte copies to shared memory, then."""
+    match = re.search(rf"_product_kernel<{TYPE}, {NUMBER}", name)
+    if match is None:
+        return False
+    chunks = int(match[1])  # of 8 channels, in a row of a tile
+    # In a stage 16 x 8 x 16 for each chunk, 2 x 2 of them; and in two stages before the loop and in that, a thread
+    # copies 4 chunks of pixels and a 128th of 32 rows of what they are multiplied with.
+    assert len(re.findall(r"\bHMMA\.16816\.F32", code)) == 4 * chunks, f"{name}: products"
+    assert code.count("LDGSTS") == len(re.findall(r"LDGSTS\.E\.BYPASS\.128", code)) == 3 * (4 + -(-chunks // 4)), name
+    assert "LDSM.16" in code and "FFMA" not in code
+    return True
 
 
 def yes(flag: str) -> bool:
@@ -88,6 +105,7 @@ def test_the_machine_code_moves_16_bytes_at_a_time_and_spills_nothing():
     for registers, stack, local in resources:
         assert int(registers) <= REGISTERS and int(stack) == int(local) == 0
     seen = dict.fromkeys(GATES, 0)
+    assert any([check_tensor_cores(*each) for each in zip(names, functions, strict=True)])
     for name, code in zip(names, functions, strict=True):
         pattern, match = next(((p, m) for p in GATES if (m := re.search(p, name))), (None, None))
         assert match is not None, f"no gate for {name}"

@@ -232,10 +232,149 @@ def test_depthwise_filter_gradient_of_many_blocks(kernel, order, cuda_host):
     test_ops.assert_close(gw[:24] - test_ops.CANARY, exact, torch.float32)
 
 
+# ---------------------------------------------------------------------------------------------- on tensor cores
+
+# name: (images, c, k, H, W, C full, K full, kernel, options)
+PRODUCTS = {
+    "3x3": (2, 40, 24, 9, 8, 48, 40, (3, 3), {"padding": 1}),
+    "several tiles of channels": (1, 24, 104, 5, 7, 24, 136, (1, 3), {"padding": (0, 1)}),
+    "of a chunk": (3, 8, 8, 7, 7, 16, 8, (3, 3), {"padding": 1}),
+    "wide": (1, 72, 56, 6, 5, 80, 80, (2, 1), {"padding": (1, 0)}),
+    "1x1": (3, 80, 40, 7, 9, 96, 64, (1, 1), {}),
+    "1x1 padded": (1, 16, 8, 3, 3, 16, 16, (1, 1), {"padding": 1}),
+    "dilated, taps apart": (2, 16, 16, 9, 7, 24, 24, (3, 2), {"padding": (0, 2), "dilation": (2, 1)}),
+    "no padding": (1, 32, 24, 7, 7, 32, 40, (3, 3), {}),
+    "one pixel": (5, 24, 40, 1, 1, 40, 40, (3, 3), {"padding": 1}),
+    "5x5": (1, 8, 24, 6, 6, 8, 24, (5, 5), {"padding": 2}),
+}
+
+
+def in_chunks(x: Tensor, layout: str) -> Tensor:
+    """The values of x, channels innermost; in a slice NaN lies between them, 8 channels or a multiple to a pixel."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    n, c, h, w = x.shape
+    big = torch.full((n, c + 8, h + 1, w + 2), torch.nan, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    big[:, 8:, 1:, 1:-1] = x
+    return big[:, 8:, 1:, 1:-1]
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+@pytest.mark.parametrize(
+    "layout,dtype,order",
+    [("channels_last", torch.bfloat16, 0), ("slice", torch.float16, 1)],
+    ids=["bfloat16", "float16 slice in turns"],
+)
+def test_product(layout, dtype, order, case, cuda_host):
+    """y, dX and what is added to the gradients, from the prefix of the weight in both layouts of parameters."""
+    torch.manual_seed(0)
+    n, c, k, h, w, full_c, full_k, kernel, options = PRODUCTS[case]
+    x = in_chunks(test_ops.random(n, c, h, w, dtype=dtype), layout).requires_grad_()
+    values = test_ops.random(k, c, *kernel, dtype=dtype).float()
+    weight = torch.full((full_k, full_c, *kernel), torch.nan)
+    if layout == "channels_last":
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    weight[:k, :c] = values
+    weight.requires_grad_()
+    bias, inner_bias = test_ops.poisoned((full_k,), (k,), torch.float32)
+    xd, inner = x.detach().double().requires_grad_(), values.double().requires_grad_()
+    expected = F.conv2d(xd, inner, inner_bias, **options)
+    grad = test_ops.random(*expected.shape, dtype=dtype)
+    with cuda_host.order(order):
+        y = functional.conv2d(x, weight, bias, out_channels=k, **options)
+        y.backward(in_chunks(grad, layout))
+    expected.backward(grad.double())
+    test_ops.assert_close(y, expected, dtype)
+    test_ops.assert_close(x.grad, xd.grad, dtype)
+    test_ops.assert_prefix_gradient(weight, inner.grad, torch.float32)
+    test_ops.assert_prefix_gradient(bias, inner_bias.grad, torch.float32)
+
+
+@orders(0, 1, 2)
+def test_product_in_pieces(order, cuda_host):
+    """Several tiles, pieces of dW that the pixels do not fill; turns change no bit, and what is inactive stays."""
+    torch.manual_seed(0)
+    x, dy = (in_chunks(torch.randn(2, c, 15, 13).bfloat16(), "channels_last") for c in (8, 16))
+    weight = torch.randn(24, 16, 2, 2).bfloat16().contiguous(memory_format=torch.channels_last)
+    geometry = ([1, 1], [1, 1], [2, 2], 1)
+    gw = torch.full((24, 16, 2, 2), test_ops.CANARY)
+    with cuda_host.order(order):
+        y = cuda_host.ops.conv2d(x, weight, None, 16, *geometry)
+        dx = cuda_host.ops.conv2d_backward(dy, x, weight, gw, None, True, *geometry)
+    exact = torch.nn.grad.conv2d_weight(x.double(), (16, 8, 2, 2), dy.double(), padding=1, dilation=2)
+    test_ops.assert_close(gw[:16, :8] - test_ops.CANARY, exact, torch.float32)
+    gw_outside = gw.clone()
+    gw_outside[:16, :8] = test_ops.CANARY
+    assert (gw_outside == test_ops.CANARY).all()
+    first = _first_results.setdefault("product", (y, dx, gw))
+    assert all(torch.equal(a, b) for a, b in zip(first, (y, dx, gw), strict=True))
+
+
+def test_product_of_a_gradient_without_memory():
+    """The gradient of a sum has strides of 0, and is made channels_last first; x and the weight want none, in turn."""
+    torch.manual_seed(0)
+    x = in_chunks(torch.randn(1, 8, 4, 4).half(), "channels_last").requires_grad_()
+    weight = torch.randn(8, 8, 1, 1, requires_grad=True)
+    functional.conv2d(x, weight.detach()).sum().backward()
+    functional.conv2d(x.detach(), weight).sum().backward()
+    expected = weight.detach().half().sum(0).view(1, 8, 1, 1).expand_as(x)
+    test_ops.assert_close(x.grad, expected.double(), torch.float16)
+    test_ops.assert_close(weight.grad, x.detach().double().sum((0, 2, 3)).expand(8, 8)[..., None, None], torch.float32)
+
+
+def zeros(channels: int) -> Tensor:
+    return torch.zeros(2, channels, 5, 5).half().contiguous(memory_format=torch.channels_last)
+
+
+BAD_PRODUCTS = {
+    "float32": ({"x": zeros(8).float()}, {}, "tensor-core tiles are for half precision"),
+    "stride": ({}, {"stride": 2}, "tensor-core tiles are for stride 1"),
+    "channels": ({"x": zeros(12)}, {}, "channels that are multiples of 8, there are 12 to 24"),
+    "outputs": ({}, {"out_channels": 20}, "channels that are multiples of 8, there are 8 to 20"),
+    "groups": ({"weight": torch.zeros(24, 8, 3, 3)}, {"groups": 3}, "one group or one filter per channel"),
+    "between chunks": ({"x": zeros(12)[:, 4:]}, {}, "at multiples of 8 elements"),
+    "NCHW": ({"x": zeros(8).contiguous()}, {}, "it takes channels_last at multiples"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PRODUCTS)
+def test_products_that_cannot_be(case):
+    changes, options, message = BAD_PRODUCTS[case]
+    with pytest.raises(BackendError, match=message):
+        functional.conv2d(**({"x": zeros(8), "weight": torch.zeros(24, 16, 3, 3)} | changes | options))
+
+
+@pytest.mark.parametrize(
+    "capability,channels,kernel,message",
+    [
+        ((8, 0), (40, 80), 3, None),
+        ((8, 6), (24, 72), 3, None),
+        ((9, 0), (40, 40), 3, "mma.sync"),
+        ((8, 0), (64, 40), 3, "Triton's tiles of 64 and 64 columns fit 64 and 40 channels"),
+        ((8, 0), (40, 56), 3, "Triton's tiles"),
+        ((8, 0), (40, 40), 1, "waits for memory"),
+        ((8, 0), (40, 152), 3, "faster than cuDNN up to 128 channels"),
+    ],
+)
+def test_where_a_product_is_predicted_to_be_faster(capability, channels, kernel, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    geometry = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
+    weight = torch.zeros(160, 160, kernel, kernel)
+    reason = BACKENDS[HostBackend.name].why_slower(
+        "conv2d", zeros(channels[0]), weight, out_channels=channels[1], **geometry
+    )
+    assert reason is None if message is None else message in reason
+
+
+def test_columns_of_triton():
+    conv2d = pytest.importorskip("us3l_kernels.triton.conv2d")
+    for channels in range(8, 400, 8):
+        tile = next(t for t in conv2d.PRODUCT_TILES["half"] if channels <= t.channels and t.capability == 80)
+        assert cuda.columns_of_triton(channels) == -(-channels // tile.n) * tile.n
+
+
 def test_what_it_does_not_take():
     x = torch.zeros(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
-    with pytest.raises(BackendError, match="it has the depthwise convolution only"):
-        functional.conv2d(x, torch.zeros(8, 8, 3, 3))
     with pytest.raises(BackendError, match="it takes channels_last"):
         functional.conv2d(x.contiguous(), torch.zeros(8, 1, 3, 3), groups=8)
     with pytest.raises(BackendError, match="x is torch.float64"):

@@ -112,7 +112,7 @@ class TritonBackend(Backend):
         if op == "batch_norm":  # ATen's reads and writes once more for each view, residual and activation
             return _why_slower_rows(x)
         assert weight is not None
-        return _why_slower_conv2d(x, weight, **arguments)
+        return why_slower_than_cudnn(x, weight, **arguments)
 
     def conv2d(
         self,
@@ -334,7 +334,7 @@ def _is_depthwise(weight: Tensor, groups: int) -> bool:
     return groups > 1 and weight.size(1) == 1 and weight.size(0) == groups
 
 
-def _why_slower_conv2d(
+def why_slower_than_cudnn(
     x: Tensor,
     weight: Tensor,
     out_channels: int,

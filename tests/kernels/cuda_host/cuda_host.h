@@ -1,9 +1,10 @@
 // CUDA C++ as far as csrc/cuda uses it, on the CPU: its sources compile with an ordinary compiler, and their kernels run,
 // block after block, on tensors of the CPU. It stands in for what csrc/cuda/launch.h includes.
 //
-// A block's threads take turns: one runs until __syncthreads() or its end, then the next does. Which is next, of the
-// threads and of the blocks, is drawn anew at every turn from `order`: a result that depends on it shows a barrier that is
-// missing, or an address that two threads write. A barrier that only some threads reach ends the process with a message.
+// A block's threads take turns: one runs until __syncthreads(), or something that its warp does together, or its end, then
+// the next does. Which is next, of the threads and of the blocks, is drawn anew at every turn from `order`: a result that
+// depends on it shows a barrier that is missing, or an address that two threads write. A barrier that only some threads
+// reach ends the process with a message.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,7 +14,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -59,28 +62,33 @@ inline std::vector<unsigned> turns(unsigned count, std::mt19937& random) {
 class Block {
  public:
   Block(std::function<void()> body, unsigned threads, std::mt19937& random)
-      : body_(std::move(body)), random_(random), to_start_(turns(threads, random)) {}
+      : body_(std::move(body)), random_(random), to_start_(turns(threads, random)), in_warp_((threads - 1) / kWarp + 1) {}
 
   void run() {
     current_ = this;
     do {
-      // Every thread up to its next barrier, or to its end: those that wait at one, then those that have not begun.
-      std::vector<std::unique_ptr<Coroutine>> waiting;
-      std::swap(waiting, coroutines_);
-      if (order != 0) std::shuffle(waiting.begin(), waiting.end(), random_);
-      for (auto& coroutine : waiting) resume(std::move(coroutine));
-      while (started_ < to_start_.size()) resume(std::make_unique<Coroutine>(*this));
-      if (finished_ > 0 && !coroutines_.empty()) {
-        std::fprintf(stderr, "__syncthreads() in block (%u, %u, %u): %u threads of %zu have ended without it\n",
-                     blockIdx.x, blockIdx.y, blockIdx.z, finished_, to_start_.size());
-        std::abort();
-      }
-    } while (!coroutines_.empty());
+      // Every thread up to its next barrier, or to its end: those that go on, then those that have not begun.
+      while (!ready_.empty() || started_ < to_start_.size()) resume(ready_.empty() ? begun() : next_ready());
+      for (const auto& warp : in_warp_) check(warp.empty(), "something that a warp does together");
+      check(finished_ == 0 || at_barrier_.empty(), "__syncthreads()");
+      std::swap(ready_, at_barrier_);
+    } while (!ready_.empty());
   }
 
-  static void barrier() { current_->running_->wait(); }
+  static void barrier() { current_->wait_in(&current_->at_barrier_); }
+
+  // Returns when all threads of the warp have come here.
+  static void warp_barrier() { current_->wait_in(&current_->in_warp_[threadIdx.x / kWarp]); }
+
+  // Whether something that may happen now or later happens now.
+  static bool at_once() { return order != 0 && current_->random_() % 2 == 0; }
+
+  static constexpr unsigned kWarp = 32;
 
  private:
+  struct Coroutine;
+  using Waiting = std::deque<std::unique_ptr<Coroutine>>;
+
   struct Coroutine {
     explicit Coroutine(Block& block) : block(block), stack(new char[kStack]) {
       getcontext(&context);
@@ -100,11 +108,9 @@ class Block {
         block.body_();
         ++block.finished_;
       }
-      self.ended = true;
       self.leave();
     }
 
-    void wait() { leave(), arrived(), threadIdx = dim3(thread); }
     void leave() {
       start_switch(&fake_stack, block.stack_bottom, block.stack_size);
       swapcontext(&context, &block.context_);
@@ -115,17 +121,48 @@ class Block {
     std::unique_ptr<char[]> stack;
     ucontext_t context;
     unsigned thread = 0;
-    bool ended = false;
+    Waiting* waits_in = nullptr;  // null: it has ended
     void* fake_stack = nullptr;
   };
 
+  std::unique_ptr<Coroutine> begun() { return std::make_unique<Coroutine>(*this); }
+
+  std::unique_ptr<Coroutine> next_ready() {
+    if (order != 0) std::swap(ready_.front(), ready_[random_() % ready_.size()]);
+    auto next = std::move(ready_.front());
+    ready_.pop_front();
+    return next;
+  }
+
+  void wait_in(Waiting* waiting) {
+    Coroutine& self = *running_;
+    self.waits_in = waiting;
+    self.leave();
+    self.arrived();
+    threadIdx = dim3(self.thread);
+  }
+
+  void check(bool all, const char* what) const {
+    if (all) return;
+    std::fprintf(stderr, "%s in block (%u, %u, %u): %u threads of %zu have ended without it, or wait elsewhere\n", what,
+                 blockIdx.x, blockIdx.y, blockIdx.z, finished_, to_start_.size());
+    std::abort();
+  }
+
   void resume(std::unique_ptr<Coroutine> coroutine) {
     running_ = coroutine.get();
+    running_->waits_in = nullptr;
     void* fake_stack = nullptr;
     start_switch(&fake_stack, coroutine->stack.get(), kStack);
     swapcontext(&context_, &coroutine->context);
     finish_switch(fake_stack, nullptr, nullptr);
-    if (!coroutine->ended) coroutines_.push_back(std::move(coroutine));
+    Waiting* const waiting = coroutine->waits_in;
+    if (waiting == nullptr) return;
+    waiting->push_back(std::move(coroutine));
+    if (waiting != &at_barrier_ && waiting->size() == kWarp) {
+      std::move(waiting->begin(), waiting->end(), std::back_inserter(ready_));
+      waiting->clear();
+    }
   }
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -147,7 +184,8 @@ class Block {
   std::mt19937& random_;
   std::vector<unsigned> to_start_;
   unsigned started_ = 0, finished_ = 0;
-  std::vector<std::unique_ptr<Coroutine>> coroutines_;  // that wait at a barrier
+  Waiting ready_, at_barrier_;
+  std::vector<Waiting> in_warp_;
   Coroutine* running_ = nullptr;
   ucontext_t context_;
   const void* stack_bottom = nullptr;  // of the caller, as the sanitizer tells
