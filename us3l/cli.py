@@ -378,7 +378,7 @@ def export(
 ) -> None:
     """Write a sub-network as a plain PyTorch or ONNX model, compared with the sliced network.
 
-    It is calibrated on the run's training data, unless the checkpoint has statistics of this width. Its output are
+    It is calibrated on the run's training data, unless the checkpoint has statistics of this width. Its output is
     the pooled features.
     """
     from us3l import export as exports

@@ -282,7 +282,10 @@ class Trainer:
             if not key.startswith(NOT_COMPUTED) or (key == "data.workers" and self.config.data.name == "shards")
         ]
         if changes:
-            raise CheckpointError(f"{path} belongs to a run with another configuration ({'; '.join(changes)})")
+            raise CheckpointError(
+                f"{path} belongs to a run with another configuration ({'; '.join(changes)}). Go on with the same "
+                "settings, or start another run in a checkpoint.dir of its own"
+            )
         processes = state["environment"]["processes"]
         if processes != self.world.size and state["batch"] > 0:
             raise CheckpointError(

@@ -5,7 +5,7 @@ conv = nn.SlicedConv2d(64, 128, 3, padding=1)
 with use_width(model, 0.5): y = model(x)
 """
 
-from us3l_kernels import functional, nn, optim
+from us3l_kernels import functional, gradients, nn, optim
 from us3l_kernels.backends import backend
 from us3l_kernels.convert import slim
 from us3l_kernels.dense import standalone
@@ -17,6 +17,7 @@ __all__ = [
     "__version__",
     "backend",
     "functional",
+    "gradients",
     "invalidate",
     "nn",
     "optim",

@@ -517,6 +517,8 @@ def slim(
     that has normalisation statistics of a kind that is not known by width, or in which no channels could be left out;
     also for an unknown name in `keep`. TypeError for a `keep` that is a single text.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules())
     _check_convertible(model, modules)
     if divisor < 1:
@@ -541,10 +543,12 @@ def _check_convertible(model: nn.Module, modules: Mapping[str, nn.Module]) -> No
         if isinstance(module, Sliced):
             raise ValueError(f"model: {name!r} is a {type(module).__name__}: the model has sliced layers already")
         if isinstance(module, _NormBase) and module.track_running_stats and _sliced_class(module) is None:
+            instead = ""
+            if isinstance(module, nn.SyncBatchNorm):
+                instead = ". Convert the model with these, and set `sync` of its sliced norms to True"
             raise ValueError(
-                f"model: {name!r} is a {type(module).__name__}, whose running statistics would mix all widths; slim "
-                "knows BatchNorm1d, BatchNorm2d and timm's BatchNormAct2d (in place of SyncBatchNorm, convert a model "
-                "with these and set `sync` of its sliced norms to True)"
+                f"model: {name!r} is of type {type(module).__name__}, whose running statistics would mix all widths; "
+                "slim knows BatchNorm1d, BatchNorm2d and timm's BatchNormAct2d" + instead
             )
 
 

@@ -93,7 +93,7 @@ def _dtypes_of(name: str, op: str, device: str) -> list[torch.dtype]:
         if op == "conv2d":
             geometry = {"out_channels": 8, "stride": [1, 1], "dilation": [1, 1], "groups": 1}
             likes = [
-                (torch.empty(8, 8, k, k, dtype=dtype, device=device), {**geometry, "padding": [k // 2, k // 2]})
+                (weight.new_empty(8, 8, k, k), {**geometry, "padding": [k // 2, k // 2]})
                 for k in (3, 1)
             ]
         if any(BACKENDS[name].can_run(op, x, weight, **arguments) for weight, arguments in likes):

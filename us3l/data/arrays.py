@@ -185,7 +185,7 @@ def _require_cifar(root: str | None, name: str, folder: str, archive: str) -> Pa
     if not path.is_dir():
         raise DataError(
             f"{name} was looked for in {path}, which does not exist: unpack {archive} "
-            f"(www.cs.toronto.edu/~kriz/cifar.html) in {path.parent}"
+            f"(www.cs.toronto.edu/~kriz/cifar.html) in {path.parent}, or pass data.root=FOLDER or data.download=true"
         )
     return path
 

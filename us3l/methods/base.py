@@ -108,7 +108,9 @@ class Method(nn.Module):
             ("target", config.target, self.kinds_of_target),
         ):
             if value not in known:
-                raise ConfigError(f"method.{key}: {config.name} has {' or '.join(known)}, got {value!r}")
+                raise ConfigError(
+                    f"method.{key}: {config.name} has {' or '.join(known)}, got {value!r}: pass method.{key}={known[0]}"
+                )
         self.config = config
         self.largest_width = largest_width
         self.slimmable = slimmable
