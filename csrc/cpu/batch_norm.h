@@ -47,9 +47,8 @@ struct Tasks {
   };
 
   Tasks(int64_t views, int64_t rows, int64_t channels) : views(views), rows(rows), channels(channels) {
-    // Below about the work of starting a thread; ranges of fewer rows would spend their time in merging, and ranges
-    // of channels are whole cache lines.
-    constexpr int64_t kSerial = 32768, kMinRows = 256, kMinChannels = 64;
+    // Ranges of fewer rows would spend their time in merging, and ranges of channels are whole cache lines.
+    constexpr int64_t kMinRows = 256, kMinChannels = 64;
     const int64_t threads = views * rows * channels < kSerial ? 1 : torch::stable::get_num_threads();
     row_ranges = std::clamp<int64_t>(rows / kMinRows, 1, threads);
     const int64_t wanted = (threads + row_ranges - 1) / row_ranges;

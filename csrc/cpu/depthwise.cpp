@@ -149,9 +149,7 @@ class FilterGradient {
   double* totals_;
 };
 
-// Below about the work of starting a thread.
 int64_t threads_for(const Tensor& t) {
-  constexpr int64_t kSerial = 32768;
   return t.numel() < kSerial ? 1 : torch::stable::get_num_threads();
 }
 

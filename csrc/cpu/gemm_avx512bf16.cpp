@@ -14,8 +14,14 @@
 
 namespace us3l::avx512bf16 {
 constexpr int LANES = 16;
-#define US3L_MULTIPLY_ADD(sum, left, right) \
-  sum = (Float<LANES>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(left), (__m512bh)right)
+template <class V>
+inline __attribute__((always_inline)) V multiply_add_pairs(V sum, float left, V right) {
+  if constexpr (sizeof(V) == sizeof(__m512))
+    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(left), (__m512bh)right);
+  else
+    return (V)_mm256_dpbf16_ps((__m256)sum, (__m256bh)_mm256_set1_ps(left), (__m256bh)right);
+}
+#define US3L_MULTIPLY_ADD multiply_add_pairs
 #include "gemm_body.h"
 
 #include "bfloat16_body.h"

@@ -6,23 +6,28 @@
 
 // What a multiplication is: of floats, unless the including file says otherwise.
 #ifndef US3L_MULTIPLY_ADD
-#define US3L_MULTIPLY_ADD(sum, left, right) sum += left * right
+#define US3L_MULTIPLY_ADD(sum, left, right) ((sum) + (left) * (right))
 #endif
 
 // Registers: kRows[n - 1] rows of n vectors of sums, n vectors of b, one of a; 32 of them with AVX-512, else 16.
 constexpr int kMaxPanels = LANES == 16 ? 4 : 2;
 constexpr int kMaxRows[] = {LANES == 16 ? 14 : 12, LANES == 16 ? 14 : 6, 9, 6};
 
-// R rows of N panels. Sums start at zero whether or not they are added to c: sums of sums lose less.
-template <int R, int N>
+// R rows of N panels, the last of which may be a half one: with 8 channels more than a multiple of 16 a whole one would
+// waste up to half of the work. Sums start at zero whether or not they are added to c: sums of sums lose less.
+template <int R, int N, bool kHalf>
 void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64_t c_row, bool add) {
   constexpr int kBases = (R + 2) / 3;  // an address each for three rows: base, + row, + 2 row
+  constexpr int kWhole = kHalf ? N - 1 : N, kLast = LANES / 2;
   using Vector = Float<LANES>;
+  using Last = Float<kLast>;
   Vector sum[R][N];
+  Last last_sum[R];
   US3L_UNROLL
   for (int r = 0; r < R; ++r) {
     US3L_UNROLL
-    for (int n = 0; n < N; ++n) sum[r][n] = Vector{};
+    for (int n = 0; n < kWhole; ++n) sum[r][n] = Vector{};
+    if constexpr (kHalf) last_sum[r] = Last{};
   }
   US3L_UNROLL
   for (int r = 0; r < R; ++r) {  // memory gets the results' places ready while the sums are made
@@ -34,14 +39,17 @@ void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64
   for (int i = 0; i < kBases; ++i) base[i] = a.data + 3 * i * a.row;
   for (std::int64_t k = 0; k < depth; ++k) {
     Vector right[N];
+    Last last_right;
     US3L_UNROLL
-    for (int n = 0; n < N; ++n) right[n] = load<LANES>(b.data + n * b.panel);
+    for (int n = 0; n < kWhole; ++n) right[n] = load<LANES>(b.data + n * b.panel);
+    if constexpr (kHalf) last_right = load<kLast>(b.data + kWhole * b.panel);
     b.data += b.row;
     US3L_UNROLL
     for (int r = 0; r < R; ++r) {
       const float left = base[r / 3][r % 3 * a.row];
       US3L_UNROLL
-      for (int n = 0; n < N; ++n) US3L_MULTIPLY_ADD(sum[r][n], left, right[n]);
+      for (int n = 0; n < kWhole; ++n) sum[r][n] = US3L_MULTIPLY_ADD(sum[r][n], left, right[n]);
+      if constexpr (kHalf) last_sum[r] = US3L_MULTIPLY_ADD(last_sum[r], left, last_right);
     }
     US3L_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] += a.column;
@@ -49,21 +57,25 @@ void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64
   US3L_UNROLL
   for (int r = 0; r < R; ++r) {
     US3L_UNROLL
-    for (int n = 0; n < N; ++n) {
+    for (int n = 0; n < kWhole; ++n) {
       float* const p = c + r * c_row + n * LANES;
       store<LANES>(p, add ? load<LANES>(p) + sum[r][n] : sum[r][n]);
+    }
+    if constexpr (kHalf) {
+      float* const p = c + r * c_row + kWhole * LANES;
+      store<kLast>(p, add ? load<kLast>(p) + last_sum[r] : last_sum[r]);
     }
   }
 }
 
 using MultiplyBlock = void (*)(std::int64_t, Matrix, Panels, float*, std::int64_t, bool);
 
-template <int N>
+template <int N, bool kHalf>
 MultiplyBlock block_of(std::int64_t rows) {
   switch (rows) {
 #define US3L_ROWS(r) \
   case r:            \
-    if constexpr (r <= kMaxRows[N - 1]) return multiply_block<r, N>;
+    if constexpr (r <= kMaxRows[N - 1]) return multiply_block<r, N, kHalf>;
     US3L_ROWS(1) US3L_ROWS(2) US3L_ROWS(3) US3L_ROWS(4) US3L_ROWS(5) US3L_ROWS(6) US3L_ROWS(7)
     US3L_ROWS(8) US3L_ROWS(9) US3L_ROWS(10) US3L_ROWS(11) US3L_ROWS(12) US3L_ROWS(13) US3L_ROWS(14)
 #undef US3L_ROWS
@@ -71,16 +83,17 @@ MultiplyBlock block_of(std::int64_t rows) {
   return nullptr;
 }
 
+template <bool kHalf>
 MultiplyBlock block_of(std::int64_t rows, std::int64_t panels) {
   switch (panels) {
     case 1:
-      return block_of<1>(rows);
+      return block_of<1, kHalf>(rows);
     case 2:
-      return block_of<2>(rows);
+      return block_of<2, kHalf>(rows);
     case 3:
-      if constexpr (kMaxPanels >= 3) return block_of<3>(rows);
+      if constexpr (kMaxPanels >= 3) return block_of<3, kHalf>(rows);
     case 4:
-      if constexpr (kMaxPanels >= 4) return block_of<4>(rows);
+      if constexpr (kMaxPanels >= 4) return block_of<4, kHalf>(rows);
   }
   return nullptr;
 }
@@ -88,19 +101,22 @@ MultiplyBlock block_of(std::int64_t rows, std::int64_t panels) {
 // Longer sums are cut, and the parts added up: that is more accurate, and a part of b stays in the L1 cache.
 constexpr std::int64_t kMaxDepth = 128;
 
-void multiply(std::int64_t rows, std::int64_t panels, std::int64_t depth, Matrix a, Panels b, float* c,
+void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matrix a, Panels b, float* c,
               std::int64_t c_row, bool add) {
   // Equal blocks: a last one that is small would not hide the latency of its sums.
-  const std::int64_t columns = (panels + kMaxPanels - 1) / kMaxPanels, cuts = (depth + kMaxDepth - 1) / kMaxDepth;
+  constexpr std::int64_t kHalfPanel = LANES / 2;
+  const std::int64_t halves = (columns + kHalfPanel - 1) / kHalfPanel, panels = (halves + 1) / 2;
+  const std::int64_t bands = (panels + kMaxPanels - 1) / kMaxPanels, cuts = (depth + kMaxDepth - 1) / kMaxDepth;
   for (std::int64_t cut = 0; cut < cuts; ++cut) {
     const std::int64_t k = depth * cut / cuts, length = depth * (cut + 1) / cuts - k;
-    for (std::int64_t i = 0; i < columns; ++i) {
-      const std::int64_t p = panels * i / columns, width = panels * (i + 1) / columns - p;
+    for (std::int64_t i = 0; i < bands; ++i) {
+      const std::int64_t p = panels * i / bands, width = panels * (i + 1) / bands - p;
       const Panels right{b.data + p * b.panel + k * b.row, b.panel, b.row};
       // `taller` blocks of one row more than the others.
       const std::int64_t blocks = (rows + kMaxRows[width - 1] - 1) / kMaxRows[width - 1], height = rows / blocks;
       const std::int64_t taller = rows - height * blocks;
-      const MultiplyBlock block = block_of(height, width), taller_block = block_of(height + 1, width);
+      const auto of = i + 1 == bands && halves % 2 == 1 ? block_of<true> : block_of<false>;
+      const MultiplyBlock block = of(height, width), taller_block = of(height + 1, width);
       Matrix left{a.data + k * a.column, a.row, a.column};
       float* to = c + p * LANES;
       for (std::int64_t j = 0; j < blocks; ++j) {

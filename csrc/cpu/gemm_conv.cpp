@@ -190,7 +190,7 @@ class PackedFilters {
         memory_(Scratch::kFilters, divide_up(columns, lanes_) * panel_) {
     float* const data = memory_.data();
     const int64_t count = taps.size();
-    parallel(divide_up(columns, lanes_) * count, [&](int64_t i) {
+    parallel_if_large(divide_up(columns, lanes_) * panel_, divide_up(columns, lanes_) * count, [&](int64_t i) {
       const int64_t panel = i / count, tap = i % count, lane = panel * lanes_;
       const float* const from = filters.data + taps[tap].filter + lane * filters.column;
       gemm.pack(depth, std::min(lanes_, columns - lane), {from, filters.row, filters.column},
@@ -253,7 +253,7 @@ void multiply(const Gemm<T>& gemm, const Samples& s, const PackedFilters& filter
               const Results<T>& r) {
   const int64_t channels = s.images.channels, columns = r.images.channels, panels = divide_up(columns, gemm.lanes);
   const int64_t points = s.points(), threads = torch::stable::get_num_threads();
-  const bool read_in_place = in_place(s), write_in_place = in_place(r) && columns % gemm.lanes == 0;
+  const bool read_in_place = in_place(s), write_in_place = in_place(r) && gemm.whole_halves(columns);
 
   // Threads have points of their own or, with few points, channels.
   const int64_t column_parts = points >= threads * kLeastRows ? 1 : std::min(threads, panels);
@@ -290,8 +290,8 @@ void multiply(const Gemm<T>& gemm, const Samples& s, const PackedFilters& filter
           a = {s.images.data + p.begin * s.images.pixel, s.images.pixel, 1};
         else
           gather(gemm, s, p, {t, {0, channels}}, input.data(), row);
-        gemm.multiply(count, width, (t.end - t.begin) * channels, a, filters.at(own_panels.begin, t.begin), c,
-                      result_row, bias != nullptr || t.begin > 0);
+        gemm.multiply(count, results.images.channels, (t.end - t.begin) * channels, a,
+                      filters.at(own_panels.begin, t.begin), c, result_row, bias != nullptr || t.begin > 0);
       });
       if (!write_in_place) scatter<T>(gemm, c, result_row, p, results);
     });
@@ -363,19 +363,25 @@ void convolve_input_gradient(const Images<const T>& dy, const Weight<const float
 
 namespace {
 
-void add_tile(const float* from, int64_t copies, int64_t copy_distance, int64_t row, Range out, Columns columns,
-              const Samples& s, const Weight<float>& w) {
+// Sums of a tile, with the distances of two outputs and of two columns.
+struct Sums {
+  const float* data;
+  int64_t out, column;
+};
+
+void add_tile(Sums from, int64_t copies, int64_t copy_distance, Range out, Columns columns, const Samples& s,
+              const Weight<float>& w) {
   const int64_t channels = columns.channels.end - columns.channels.begin;
-  for (int64_t k = out.begin; k < out.end; ++k, from += row) {
-    const float* sums = from;
-    for (int64_t t = columns.taps.begin; t < columns.taps.end; ++t, sums += channels) {
+  for (int64_t k = out.begin; k < out.end; ++k, from.data += from.out) {
+    const float* sums = from.data;
+    for (int64_t t = columns.taps.begin; t < columns.taps.end; ++t, sums += channels * from.column) {
       float* const to = w.data + k * w.out_distance + s.taps[t].filter + columns.channels.begin * w.in_distance;
       for (int64_t i = 0; i < copies; ++i) {
         const float* const more = sums + i * copy_distance;
-        if (w.in_distance == 1)
+        if (w.in_distance == 1 && from.column == 1)
           for (int64_t c = 0; c < channels; ++c) to[c] += more[c];
         else
-          for (int64_t c = 0; c < channels; ++c) to[c * w.in_distance] += more[c];
+          for (int64_t c = 0; c < channels; ++c) to[c * w.in_distance] += more[c * from.column];
       }
     }
   }
@@ -413,8 +419,6 @@ void convolve_weight_gradient(const Images<const T>& x, const Images<const T>& d
 
   const Samples samples{words_of(x), g.stride, dy.height, dy.width, all_taps(g, dw->height, dw->width, dw->row, dw->column)};
   const int64_t taps = samples.taps.size(), channels = x.channels;
-  const bool whole_panels = channels % gemm.lanes == 0;
-  const bool read_in_place = in_place(samples) && whole_panels;
 
   // Tiles of the gradient that stay in the L2 cache while all points pass by. Several threads to a tile have points of
   // their own, and sums of their own.
@@ -428,8 +432,17 @@ void convolve_weight_gradient(const Images<const T>& x, const Images<const T>& d
 
   const int64_t tile_out = divide_up(out, out_tiles), tile_taps = divide_up(taps, tap_tiles);
   const int64_t tile_channels = round_up(divide_up(channels, channel_tiles), gemm.lanes);
-  const int64_t row = row_of(tile_taps * std::min(tile_channels, channels)), size = tile_out * row;
-  const bool add_in_place = parts == 1 && taps == 1 && dw->in_distance == 1 && whole_panels;
+  const int64_t tile_columns = tile_taps * std::min(tile_channels, channels), row = row_of(tile_columns);
+
+  // A row of few columns on the right side is read for few products: then the gradients are better there, and the sums
+  // are turned.
+  const bool turned = kPerWord<T> == 1 && out_tiles == 1 && tile_columns < out && tile_columns < 3 * gemm.lanes &&
+                      gemm.whole_halves(out);
+  const bool whole_halves = gemm.whole_halves(channels), read_in_place = in_place(samples) && (turned || whole_halves);
+  const bool add_in_place = !turned && parts == 1 && taps == 1 && dw->in_distance == 1 && whole_halves;
+  const int64_t sums_row = add_in_place ? dw->out_distance : turned ? row_of(tile_out) : row;
+  const int64_t size = (turned ? tile_columns : tile_out) * sums_row;
+  const auto sums_at = [&](const float* data) { return turned ? Sums{data, 1, sums_row} : Sums{data, sums_row, 1}; };
   const Scratch memory(Scratch::kFilterGradients, parts > 1 ? tiles * parts * size : 0);
 
   struct Tile {
@@ -454,7 +467,6 @@ void convolve_weight_gradient(const Images<const T>& x, const Images<const T>& d
     float* const sums = add_in_place ? dw->data + tile.out.begin * dw->out_distance + tile.columns.channels.begin
                         : parts > 1  ? memory.data() + task * size
                                      : output.data();
-    const int64_t sums_row = add_in_place ? dw->out_distance : row;
     for_parts(own, blocks, [&](Range p) {
       const Range from{tile.columns.channels.begin / kPerWord<T>, tile.columns.channels.end / kPerWord<T>};
       if (!read_in_place) gather(gemm, samples, p, {tile.columns.taps, from}, input.data(), block_row);
@@ -474,16 +486,21 @@ void convolve_weight_gradient(const Images<const T>& x, const Images<const T>& d
         pair_all(gemm, p.end - p.begin, tile_rows, grads, dy.pixel, grad_pairs, tile_out);
         a = {grad_pairs, 1, tile_out};
       }
-      gemm.multiply(tile_rows, divide_up(count, gemm.lanes), depth, a, b, sums, sums_row,
-                    add_in_place || p.begin > own.begin);
+      const bool add = add_in_place || p.begin > own.begin;
+      if (turned)
+        gemm.multiply(count, tile_rows, depth, {b.data, 1, b.row}, {a.data, gemm.lanes, a.column}, sums, sums_row, add);
+      else
+        gemm.multiply(tile_rows, count, depth, a, b, sums, sums_row, add);
     });
-    if (parts == 1 && !add_in_place) add_tile(sums, 1, 0, row, tile.out, tile.columns, samples, *dw);
+    if (parts == 1 && !add_in_place) add_tile(sums_at(sums), 1, 0, tile.out, tile.columns, samples, *dw);
   });
   if (parts > 1)
     for (int64_t i = 0; i < tiles; ++i) {
       const Tile tile = tile_of(i);
-      parallel_parts(tile.out.end - tile.out.begin, threads, [&](Range r) {
-        add_tile(memory.data() + i * parts * size + r.begin * row, parts, size, row,
+      const Sums sums = sums_at(memory.data() + i * parts * size);
+      parallel_if_large(parts * size, threads, [&](int64_t thread) {
+        const Range r = part(tile.out.end - tile.out.begin, thread, threads);
+        add_tile({sums.data + r.begin * sums.out, sums.out, sums.column}, parts, size,
                  {tile.out.begin + r.begin, tile.out.begin + r.end}, tile.columns, samples, *dw);
       });
     }

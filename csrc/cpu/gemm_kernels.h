@@ -23,8 +23,11 @@ struct Panels {
 struct GemmKernels {
   std::int64_t lanes;  // columns to a panel
 
-  // c(i, :) = or += sum over k < depth of a(i, k) b(k, :), for whole panels; `add` says which.
-  void (*multiply)(std::int64_t rows, std::int64_t panels, std::int64_t depth, Matrix a, Panels b, float* c,
+  bool whole_halves(std::int64_t columns) const { return columns % (lanes / 2) == 0; }
+
+  // c(i, :) = or += sum over k < depth of a(i, k) b(k, :); `add` says which. Columns are computed, and must be there,
+  // up to a multiple of half a panel.
+  void (*multiply)(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matrix a, Panels b, float* c,
                    std::int64_t c_row, bool add);
 
   // b [panels][depth][lanes], its panels `panel` apart, of a matrix of depth x columns; zero past its columns. One of

@@ -29,7 +29,6 @@ struct Matrix {
   int64_t rows, channels, threads;
 
   explicit Matrix(const Tensor& x) : channels(x.size(x.dim() - 1)) {
-    constexpr int64_t kSerial = 32768;  // below about the work of starting a thread
     rows = channels == 0 ? 0 : x.numel() / channels;
     threads = x.numel() < kSerial ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), rows);
   }

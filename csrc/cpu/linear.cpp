@@ -43,7 +43,7 @@ void forward(const RowMajor<const float>& x, const Weight<const float>& w, const
   parallel_parts(w.out, torch::stable::get_num_threads(), [&](Range own) {
     const Scratch output(Scratch::kOutput, kRows * row);
     for_parts(own, (own.end - own.begin + kRows - 1) / kRows, [&](Range k) {
-      gemm.multiply(k.end - k.begin, panels, w.in, {w.data + k.begin * w.out_distance, w.out_distance, w.in_distance},
+      gemm.multiply(k.end - k.begin, x.rows, w.in, {w.data + k.begin * w.out_distance, w.out_distance, w.in_distance},
                     {packed.data(), panel, gemm.lanes}, output.data(), row, false);
       for (int64_t i = 0; i < y.rows; ++i) {
         const float* from = output.data() + i;
@@ -63,7 +63,7 @@ void input_gradient(const RowMajor<const float>& dy, const Weight<const float>& 
     for_parts(own, (own.end - own.begin + kPanels - 1) / kPanels, [&](Range p) {
       const int64_t first = p.begin * gemm.lanes, panels = p.end - p.begin;
       const int64_t columns = std::min(panels * gemm.lanes, w.in - first);
-      const bool whole = columns == panels * gemm.lanes;
+      const bool whole = gemm.whole_halves(columns);
       const Scratch output(Scratch::kOutput, whole ? 0 : dx.rows * panels * gemm.lanes);
       float* const c = whole ? dx.data + first : output.data();
       const int64_t c_row = whole ? dx.row : panels * gemm.lanes;
@@ -72,7 +72,7 @@ void input_gradient(const RowMajor<const float>& dy, const Weight<const float>& 
         gemm.pack(depth, columns,
                   {w.data + k.begin * w.out_distance + first * w.in_distance, w.out_distance, w.in_distance},
                   block.data(), panel);
-        gemm.multiply(dy.rows, panels, depth, {dy.data + k.begin, dy.row, 1}, {block.data(), panel, gemm.lanes}, c,
+        gemm.multiply(dy.rows, columns, depth, {dy.data + k.begin, dy.row, 1}, {block.data(), panel, gemm.lanes}, c,
                       c_row, k.begin > 0);
       });
       if (!whole) gemm.copy_rows(dx.rows, columns, c, c_row, dx.data + first, dx.row);

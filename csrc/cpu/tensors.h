@@ -118,6 +118,9 @@ Pixels<T> dense_pixels(Tensor& t) {
   return {static_cast<T*>(t.mutable_data_ptr()), channels, t.size(2) * row, row, channels};
 }
 
+// Work on fewer floats than this takes about as long as starting a thread.
+constexpr int64_t kSerial = 32768;
+
 // Calls f(i) for each i < count, in parallel. Each thread takes the next as it comes free: one that other programs hold up
 // does not hold up the rest. So which thread has which i is not known, and no result may depend on it.
 template <class F>
@@ -127,6 +130,15 @@ void parallel(int64_t count, const F& f) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
   });
+}
+
+// The same, in parallel where it is work on enough floats.
+template <class F>
+void parallel_if_large(int64_t floats, int64_t count, const F& f) {
+  if (floats >= kSerial)
+    parallel(count, f);
+  else
+    for (int64_t i = 0; i < count; ++i) f(i);
 }
 
 // Into how many parts to cut n items of work: several for a thread, so that threads stay in balance, but parts of at least

@@ -77,7 +77,7 @@ void multiply_by_filters(const WinogradPlan& plan, int64_t position, int64_t til
   const float* const left = a.data + position * a.position;
   float* const result = c.data + position * c.position;
   for_parts({0, tiles}, (tiles + WinogradPlan::kMostTiles - 1) / WinogradPlan::kMostTiles, [&](Range r) {
-    plan.gemm.multiply(r.end - r.begin, plan.panels(columns), depth, {left + r.begin * a.row, a.row, 1},
+    plan.gemm.multiply(r.end - r.begin, columns, depth, {left + r.begin * a.row, a.row, 1},
                        u.at(position), result + r.begin * c.row, c.row, false);
   });
 }
@@ -92,7 +92,7 @@ struct FilterGradients {
         memory(Scratch::kFilterGradients, copies * kPositions * position) {}
 
   void multiply(int64_t copy, int64_t i, int64_t tiles, Stack m, Stack v, bool add) const {
-    plan.gemm.multiply(plan.out, plan.panels(plan.in), tiles, {m.data + i * m.position, 1, m.row},
+    plan.gemm.multiply(plan.out, plan.in, tiles, {m.data + i * m.position, 1, m.row},
                        {v.data + i * v.position, plan.gemm.lanes, v.row},
                        memory.data() + (copy * kPositions + i) * position, row, add);
   }
@@ -122,13 +122,13 @@ void add_filter_gradients_by_blocks(const WinogradPlan& plan, int64_t tiles, Sta
   const int64_t rows = 1536 / columns / 6 * 6, column_blocks = (w.lanes + columns - 1) / columns;
   parallel(column_blocks * plan.threads, [&](int64_t task) {
     const int64_t column = task / plan.threads * columns, width = std::min(columns, w.lanes - column);
-    const int64_t panels = plan.panels(width), row_of_block = panels * plan.gemm.lanes;
+    const int64_t row_of_block = plan.panels(width) * plan.gemm.lanes;
     const int64_t position = odd_lines(rows * row_of_block);
     const Scratch sums(Scratch::kFilterGradients, kPositions * position);
     const Range own = part(w.rows, task % plan.threads, plan.threads);
     for_parts(own, (own.end - own.begin + rows - 1) / rows, [&](Range r) {
       for (int64_t i = 0; i < kPositions; ++i)
-        plan.gemm.multiply(r.end - r.begin, panels, tiles, {m.data + i * m.position + r.begin, 1, m.row},
+        plan.gemm.multiply(r.end - r.begin, width, tiles, {m.data + i * m.position + r.begin, 1, m.row},
                            {v.data + i * v.position + column, plan.gemm.lanes, v.row}, sums.data() + i * position,
                            row_of_block, false);
       Filters<float> f = w;

@@ -90,6 +90,7 @@ class PlaneFilters {
   }
 
   int64_t panels() const { return plan_.padded(w_.lanes) / plan_.gemm.lanes; }
+  int64_t columns() const { return w_.lanes; }
 
   Panels at(int64_t position) const { return {memory_.data() + position * position_, panel_, plan_.gemm.lanes}; }
 
@@ -127,15 +128,15 @@ void parallel_channels(const Plan& plan, int64_t channels, int64_t most, const F
 // m = v u, over the channels of all planes.
 void multiply_forward(const Plan& plan, int64_t tiles, const s2::Slots& v, const PlaneFilters& u, const Stack& m) {
   for (int i = 0; i < s2::kPositions; ++i)
-    plan.gemm.multiply(tiles, u.panels(), s2::planes_of(i) * plan.in, {v.data + i * v.position, v.row, 1}, u.at(i),
+    plan.gemm.multiply(tiles, u.columns(), s2::planes_of(i) * plan.in, {v.data + i * v.position, v.row, 1}, u.at(i),
                        m.data + i * m.position, m.row, false);
 }
 
 // v = m u, for all planes.
 void multiply_backward(const Plan& plan, int64_t tiles, const Stack& m, const PlaneFilters& u, const s2::Slots& v) {
   for (int i = 0; i < s2::kPositions; ++i)
-    plan.gemm.multiply(tiles, s2::planes_of(i) * u.panels(), plan.out, {m.data + i * m.position, m.row, 1}, u.at(i),
-                       v.data + i * v.position, v.row, false);
+    plan.gemm.multiply(tiles, s2::planes_of(i) * u.panels() * plan.gemm.lanes, plan.out,
+                       {m.data + i * m.position, m.row, 1}, u.at(i), v.data + i * v.position, v.row, false);
 }
 
 void forward(const Plan& plan, Pixels<const float> x, Filters<const float> w, const float* bias, Pixels<float> y) {
@@ -183,7 +184,7 @@ void add_filter_gradients(const Plan& plan, const Stack& m, const s2::Slots& v, 
     for_parts(own, (own.end - own.begin + kRows - 1) / kRows, [&](Range r) {
       for (int i = 0; i < s2::kPositions; ++i)
         for (int p = 0; p < s2::planes_of(i); ++p)
-          plan.gemm.multiply(r.end - r.begin, plane / plan.gemm.lanes, tiles,
+          plan.gemm.multiply(r.end - r.begin, width, tiles,
                              {m.data + i * m.position + r.begin, 1, m.row},
                              {v.data + i * v.position + p * v.plane + column, plan.gemm.lanes, v.row},
                              sums.data + i * sums.position + p * plane, sums.row, false);
@@ -243,7 +244,7 @@ void backward(const Plan& plan, Pixels<const float> dy, Pixels<const float> x, F
         plan.kernels.transform_input(plan.input, tiles, x, v);
         const s2::Slots own_sums = sums->from_row(thread * plan.out);
         for (int i = 0; i < s2::kPositions; ++i)
-          plan.gemm.multiply(plan.out, s2::planes_of(i) * plane / plan.gemm.lanes, tiles.count,
+          plan.gemm.multiply(plan.out, s2::planes_of(i) * plane, tiles.count,
                              {m.data + i * m.position, 1, m.row}, {v.data + i * v.position, plan.gemm.lanes, v.row},
                              own_sums.data + i * own_sums.position, own_sums.row, r.begin > own.begin);
       }

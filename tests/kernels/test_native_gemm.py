@@ -165,6 +165,15 @@ def test_every_tail_of_the_channels(channels: int, geometry: str) -> None:
     Case.random(2, 9, channels, (6, 7), **GEOMETRIES[geometry]).check()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("geometry", ["1x1", "1x1 padded"])  # in place, and gathered
+@pytest.mark.parametrize("c, k", [(8, 8), (8, 48), (48, 8), (12, 36), (40, 24), (24, 144), (72, 264), (28, 512)])
+def test_tails_of_half_a_vector(c: int, k: int, geometry: str, threads: int) -> None:
+    """Results are written where they belong up to the half vector, and the filters' gradients may be summed turned."""
+    torch.set_num_threads(threads)
+    Case.random(3, c, k, (9, 11), **GEOMETRIES[geometry]).check()
+
+
 @pytest.mark.parametrize(
     "shape, geometry",
     [
@@ -318,6 +327,8 @@ def test_nothing_to_compute() -> None:
         (images(2, 64, 32, 32), 3, 1, "native"),
         (images(2, 64, 32, 32), 1, 1, "native"),
         (images(2, 3, 32, 32), 3, 1, "aten"),  # few channels
+        (images(2, 8, 32, 32), 1, 1, "native"),  # half a vector of them
+        (images(2, 12, 32, 32), 1, 1, "aten"),
         (images(2, 64, 8, 8), 3, 16, "aten"),  # four to a group
     ],
 )

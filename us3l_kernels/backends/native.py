@@ -114,10 +114,11 @@ def _why_slower_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry:
             )
     if algorithm == "product":
         groups = channels // weight.size(1) if geometry["groups"] > 1 else 1
-        if min(channels, out_channels) < 16 * groups:
+        halves = weight.shape[2:] == (1, 1) and geometry["groups"] == 1 and channels % 8 == out_channels % 8 == 0
+        if min(channels, out_channels) < 16 * groups and not halves:
             return (
-                "a matrix product with fewer than 16 channels in a group ran at 0.7 to 1.0x ATen, there are "
-                f"{channels // groups} to {out_channels // groups}"
+                "a matrix product with fewer than 16 channels in a group ran at 0.7 to 1.0x ATen, unless 1x1 with "
+                f"multiples of 8, there are {channels // groups} to {out_channels // groups}"
             )
         if x.dtype == torch.bfloat16:
             return _why_slower_pairs(x, weight, out_channels, geometry["stride"], geometry["groups"])
