@@ -238,6 +238,8 @@ def choose(op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str:
 
 def measured_choice(op: str, x: Tensor, weight: Tensor | None, arguments: dict[str, Any]) -> str | None:
     """What this machine's table has for the call; None if it was not measured."""
+    if not measured.in_use(x.device.type):
+        return None
     call = measured.describe(op, x, weight, arguments)
     if torch.compiler.is_compiling() and not measured.is_static(call):
         return None

@@ -269,6 +269,12 @@ def is_observed() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def in_use(device: str) -> bool:
+    """Whether a look-up can find something or is observed. If not, a small layer's call need not be described."""
+    return _observer is not None or bool(table(device).measurements)
+
+
+@torch.compiler.assume_constant_result
 def look_up(call: Call, x_gradient: bool, weight_gradient: bool) -> tuple[str, str] | None:
     """The Choice for a call, and for which of its inputs gradients are needed; None if it was not measured."""
     device = call[1]
