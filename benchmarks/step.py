@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from benchmarks.harness import (
     Mismatch,
@@ -332,6 +332,15 @@ def first_steps(
 # --- the limit -------------------------------------------------------------------------------------------------------
 
 
+def convolution_backward_operations(grad: Any, x: Any, weight: Any, *others: Any, **_: Any) -> int:
+    """Of shapes and the arguments of aten::convolution_backward: the forward's, for each gradient of x and weight.
+
+    torch's own count takes the weight's gradient of a grouped convolution for that of one group.
+    """
+    transposed, needed = others[4], others[7]
+    return conv_flop_count(x, weight, grad, transposed) * sum(needed[:2])
+
+
 def limit(settings: Settings, images: Tensor) -> dict[str, Any]:
     """What no direct implementation can go below on this machine, whichever of the two is larger.
 
@@ -351,7 +360,8 @@ def limit(settings: Settings, images: Tensor) -> dict[str, Any]:
         for layer in model.modules():
             if isinstance(layer, Layer) and isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.register_forward_hook(count)
-    with FlopCounterMode(display=False) as counter:
+    custom = {torch.ops.aten.convolution_backward: convolution_backward_operations}
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
         side.step(images)
     weights = sum(parameter.nbytes for parameter in side.parameters())
     moved += 8 * weights  # update: read p, g, momentum, write p, momentum, zero g; EMA: read and write the teacher

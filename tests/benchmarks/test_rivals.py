@@ -12,6 +12,7 @@ from statistics import geometric_mean
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from benchmarks import ops, rivals, step
@@ -246,3 +247,18 @@ def test_command_line_writes_json(tmp_path):
         check=True,
     )  # fmt: skip
     assert json.loads(file.read_text())["ratios"].keys() == {"eager"}
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_operations_of_a_backward_are_twice_those_of_the_forward(groups):
+    x, weight = torch.randn(2, 8, 9, 9, requires_grad=True), torch.randn(16, 8 // groups, 3, 3, requires_grad=True)
+    counts = {}
+    custom = {torch.ops.aten.convolution_backward: step.convolution_backward_operations}
+    for name, inputs in {"both": (x, weight), "weight": (x.detach(), weight)}.items():
+        with FlopCounterMode(display=False, custom_mapping=custom) as forward:
+            y = torch.nn.functional.conv2d(*inputs, stride=2, padding=1, groups=groups)
+        with FlopCounterMode(display=False, custom_mapping=custom) as backward:
+            y.backward(torch.randn_like(y))
+        assert forward.get_total_flops() == 2 * 2 * 16 * 5 * 5 * 8 // groups * 9
+        counts[name] = backward.get_total_flops() / forward.get_total_flops()
+    assert counts == {"both": 2, "weight": 1}

@@ -13,6 +13,7 @@ from us3l_kernels.functional import autocast_dtype
 from us3l_kernels.layout import convolved
 from us3l_kernels.nn.batch_norm import SlicedBatchNorm2d
 from us3l_kernels.nn.conv import SlicedConv2d
+from us3l_kernels.triton import INTERPRETED
 from us3l_kernels.width import current_views
 
 
@@ -58,6 +59,8 @@ def _is_plain_conv(conv: nn.Module) -> TypeGuard[SlicedConv2d]:
 
 def _sizes(conv: SlicedConv2d, norm: SlicedBatchNorm2d, x: Tensor, residual: Tensor | None) -> fused.PairSizes | None:
     """What the one operation is told; None if it is not to run. Bad input is the modules': they say what is wrong."""
+    if not (x.is_cuda or INTERPRETED):  # at once: on a CPU the checks would cost a fifth of a small layer's time
+        return None
     if torch.compiler.is_compiling() or measured.is_observed() or x.dim() != 4 or isinstance(conv.padding, str):
         return None
     stride, padding, dilation = geometry = conv.stride, conv.padding, conv.dilation
