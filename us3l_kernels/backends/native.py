@@ -285,7 +285,9 @@ class NativeBackend(Backend):
         dx = native.linear_backward(grads, rows, weight, grad_weight, grad_bias, need_grad_x)
         if not need_grad_x:
             return None
-        return F.pad(dx, (0, x.size(-1) - in_features)).view(x.shape)
+        if in_features < x.size(-1):
+            dx = F.pad(dx, (0, x.size(-1) - in_features))
+        return dx.view(x.shape)
 
     def batch_norm(
         self,

@@ -394,7 +394,7 @@ PRODUCT_TILES = {
         Tile(128, 128, 64, 8),
     ),
     "tf32": (Tile(128, 64, 32, 4, channels=64), Tile(128, 128, 32, 8)),
-    "ieee": (Tile(32, 64, 16, 4),),
+    "ieee": (Tile(64, 64, 16, 8),),
     "any": (Tile(64, 64, 32, 8),),
 }
 FEW_ROWS = {"half": Tile(64, 64, 64, 4), "tf32": Tile(64, 64, 32, 4)}
