@@ -51,12 +51,14 @@ def _algorithm(
     if is_depthwise(weight, groups):
         return "depthwise"
     geometry = (list(stride), list(padding), list(dilation), groups)
-    if weight.shape[2:] == (3, 3) and geometry == ([1, 1], [1, 1], [1, 1], 1) and x.size(1) >= 8:
-        return "winograd"  # F(4x4, 3x3); the transforms of fewer channels do not pay
-    if weight.shape[2:] == (3, 3) and geometry == ([2, 2], [1, 1], [1, 1], 1) and x.dtype == torch.float32:
-        # Tiles of 4x4 outputs; with fewer the transforms of the filters do not pay, nor those of fewer channels.
-        tiles = x.size(0) * ((x.size(2) + 7) // 8) * ((x.size(3) + 7) // 8)
-        if tiles >= 32 and x.size(1) >= 16:
+    (height, width), three = x.shape[2:], weight.shape[2:] == (3, 3)
+    # Tiles have 4x4 outputs, whichever of them lie inside of the image, for the products of 4 outputs, or of 9 with
+    # stride 2. Fewer than 8 channels do not pay for the transforms.
+    if three and geometry == ([1, 1], [1, 1], [1, 1], 1) and x.size(1) >= 8:
+        return "winograd" if height * width > 4 * -(-height // 4) * -(-width // 4) else "product"  # F(4x4, 3x3)
+    if three and geometry == ([2, 2], [1, 1], [1, 1], 1) and x.size(1) >= 16 and x.dtype == torch.float32:
+        tiles, outputs = -(-height // 8) * -(-width // 8), -(-height // 2) * -(-width // 2)
+        if x.size(0) * tiles >= 32 and outputs > 9 * tiles:
             return "winograd_stride2"
     return "product"
 
