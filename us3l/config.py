@@ -422,6 +422,8 @@ def _read(name_or_file: str) -> tuple[str, Any]:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot read the configuration file {name_or_file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source} is not a text file: {error}") from None
     else:
         known = recipes()
         if name_or_file not in known:

@@ -20,9 +20,10 @@ from us3l.config import Config, differences, to_dict, to_yaml, validate
 from us3l.data import make_data
 from us3l.data.seeding import iteration_seed
 from us3l.distributed import SINGLE, World
-from us3l.errors import CheckpointError, ConfigError
+from us3l.errors import CheckpointError, ConfigError, DataError
 from us3l.evaluation import effective_rank, evaluate, spread
 from us3l.evaluation.protocol import Probe
+from us3l.files import write_text
 from us3l.methods import GUIDELINES, build_method
 from us3l.monitor import Monitor, WidthReading, open_wandb, say
 from us3l.sampling import largest_width, make_sampler
@@ -77,6 +78,12 @@ class Trainer:
         self.data = make_data(
             config.data, config.train.seed, rank=world.rank, world_size=world.size, device=self.device
         )
+        if len(self.data.train) == 0:
+            raise DataError(
+                f"an epoch has {len(self.data.train_labels)} training images, less than one batch: data.batch_size="
+                f"{config.data.batch_size} on {world.size} process(es) takes {config.data.batch_size * world.size}. "
+                "Use a smaller batch."
+            )
         if self.data.in_channels != config.model.in_channels:
             raise ConfigError(
                 f"model.in_channels: expected {self.data.in_channels}, the channels of data.name={config.data.name}, "
@@ -313,7 +320,7 @@ class Trainer:
             )
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self.folder.clear_leftovers()
-        (self.folder.path / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        write_text(self.folder.path / "config.yaml", to_yaml(self.config))
         if self._resumed and (abandoned := self.folder.abandoned(self.steps_done, self.best)):
             # Later checkpoints are of another timeline (or torn): they must not pass for the newest of this one. The
             # state to go on from is written first, because the folder may hold it under no name that "auto" finds.

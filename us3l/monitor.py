@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from us3l.errors import ConfigError
+from us3l.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,7 @@ def open_wandb(project: str, folder: Path | None, config: dict[str, Any]) -> Any
         resume="allow",
     )
     if identity is not None:
-        identity.write_text(run.id, encoding="utf-8")
+        write_text(identity, run.id)
     return run
 
 

@@ -1,16 +1,17 @@
-"""What people read at the end: tables, plots of accuracy against cost, JSON that is never half written."""
+"""What people read at the end: tables, plots of accuracy against cost, JSON."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+from us3l.files import write_bytes, write_text
 
 if TYPE_CHECKING:
     from us3l_kernels.backends.measured import Measurement
@@ -25,27 +26,8 @@ _MARKERS = "osD^vP*X"
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as JSON; as of :func:`write_text`."""
+    """Write `value` as JSON; as of :func:`us3l.files.write_bytes`."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write `text` so that `path` holds the old file or the whole new one, whatever happens."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -181,7 +163,7 @@ def plot_accuracy(
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    image = io.BytesIO()
+    figure.savefig(image, format="png")  # whatever the name ends in
+    write_bytes(path, image.getvalue())
+    return Path(path)

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty
@@ -37,10 +38,11 @@ from torch import Tensor
 
 from us3l.config import Config, differences, load, to_dict
 from us3l.engine import NOT_COMPUTED, Trainer
-from us3l.errors import ConfigError
+from us3l.errors import ConfigError, TrainingError
 from us3l.evaluation import CIFAR_PROTOCOL, effective_rank, evaluate, spread
+from us3l.files import write_text
 from us3l.methods import GUIDELINES, Method
-from us3l.report import markdown_table, plot_accuracy, write_json, write_text
+from us3l.report import markdown_table, plot_accuracy, write_json
 from us3l.tables import ROWS, SCALES, TABLES, WIDTHS, Claim, Gap, Row, Spread, Table
 from us3l_kernels.version import __version__
 from us3l_kernels.width import use_width
@@ -229,6 +231,11 @@ def _run_parallel(todo: Sequence[Cell], console: Console, processes: int) -> Ite
                     progress.advance(overall)
                     console.print(_line(cell, result), soft_wrap=True)
                     yield cell, result
+        except BrokenProcessPool as error:
+            raise TrainingError(
+                "the process of a run was killed, for want of memory perhaps: start again with fewer --processes; the "
+                "runs that are done are kept"
+            ) from error
         finally:
             for future in pending:
                 future.cancel()

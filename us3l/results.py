@@ -13,8 +13,11 @@ from torch import nn
 
 from us3l.config import differences
 from us3l.errors import CheckpointError
+from us3l.files import write_text
 
 Row = dict[str, Any]
+
+_HEADER = '{"subject": '  # how every results file begins
 
 
 class Results:
@@ -27,10 +30,14 @@ class Results:
         self.path = path
         subject = json.loads(json.dumps(subject))  # as it is read back: tuples are lists
         self.rows: dict[str, Row] = {}
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        if lines and not lines[-1].endswith("\n"):  # torn by a crash
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is not a results file of us3l: {error}") from None
+        torn = bool(lines) and not lines[-1].endswith("\n")  # by a crash
+        if torn and (len(lines) > 1 or _HEADER.startswith(lines[0][: len(_HEADER)])):
             lines.pop()
-            path.write_text("".join(lines), encoding="utf-8")
+            write_text(path, "".join(lines))
         if not lines:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"subject": subject})

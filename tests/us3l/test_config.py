@@ -133,6 +133,8 @@ def test_bad_files_and_names(tmp_path: Path) -> None:
     file = tmp_path / "broken.yaml"
     file.write_text("train: {epochs: 3", encoding="utf-8")
     assert "not valid YAML" in message(name=str(file))
+    file.write_bytes(b"\xff")
+    assert "is not a text file" in message(name=str(file))
     file.write_text("- train\n", encoding="utf-8")
     assert "expected sections" in message(name=str(file))
     file.write_text("train:\n  epocs: 3\n", encoding="utf-8")

@@ -14,8 +14,9 @@ from rich.console import Console
 from torch import Tensor
 
 from us3l.config import Config, OptimizerConfig, load
+from us3l.distributed import World
 from us3l.engine import Trainer, learning_rate, resolve_device
-from us3l.errors import ConfigError, TrainingError
+from us3l.errors import ConfigError, DataError, TrainingError
 from us3l.evaluation import evaluate
 from us3l.methods import Method, StepOutput, build_method
 from us3l.monitor import Monitor, WidthReading
@@ -355,6 +356,11 @@ def test_weights_and_biases_get_the_numbers(tmp_path: Path, monkeypatch: pytest.
     assert wandb.settings[0]["project"] == "us3l" and wandb.settings[0]["name"] == "mine"
     assert wandb.exit_codes == [1, 0]
     assert {"lr", "images_per_second", "memory_gb", "loss/width_1", "spread/width_1"} <= wandb.logged[4].keys()
+
+
+def test_an_epoch_must_have_a_batch() -> None:
+    with pytest.raises(DataError, match=r"32 training images.*batch_size=17 on 2 process.*takes 34"):
+        Trainer(tiny("data.batch_size=17"), world=World(0, 2))
 
 
 def test_model_and_data_must_agree_in_channels() -> None:

@@ -243,6 +243,13 @@ def test_the_command(trained: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_images_may_be_fewer_than_a_batch_of_pre_training(trained: Path, tmp_path: Path) -> None:
+    few = ["data.train_samples=20", "--widths", "0.5"]
+    run("finetune", trained, *few, "--epochs", 1, "--out", tmp_path)
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["width-0.5.pt"]
+    assert "0.5" in run("evaluate", "knn", trained, *few)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -269,11 +269,11 @@ def test_moco_v3_iteration(model: str) -> None:
     assert trained == {id(p) for p in method.parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("aux_head", [True, False])
-def test_dino_iteration(aux_head: bool) -> None:
+@pytest.mark.parametrize(("model", "aux_head"), [("resnet_tiny", True), ("resnet_tiny", False), ("vit_mini", False)])
+def test_dino_iteration(model: str, aux_head: bool) -> None:
     """Cross-entropy of assignments (eq. 2 of the paper), the teacher's at full width, centred and sharpened."""
     method = _method(
-        "dino", target="momentum", base_loss="kl", distillation="kl", aux_head=aux_head, temperature=0.1,
+        "dino", model=model, target="momentum", base_loss="kl", distillation="kl", aux_head=aux_head, temperature=0.1,
         teacher_temperature=0.04,
     )  # fmt: skip
     with torch.no_grad():
@@ -281,12 +281,20 @@ def test_dino_iteration(aux_head: bool) -> None:
     images, center = _images(), method.center.clone()
 
     def cosines(encoder: nn.Module, width: float) -> Tensor:
-        head, unit = encoder.fc, nn.functional.normalize
-        with use_width(encoder, width):
-            y = torch.cat([encoder.forward_features(view) for view in images.chunk(2)])
-        for i, layer in enumerate((head[0], head[2], head[4])):
-            y = nn.functional.linear(y if i == 0 else y.relu(), layer.weight[:, : y.shape[1]], layer.bias)
-        return unit(y, dim=1) @ unit(head.prototypes, dim=1).T
+        head, unit, outputs = encoder.fc, nn.functional.normalize, []
+        for view in images.chunk(2):
+            with use_width(encoder, width):
+                y = encoder.forward_features(view)
+            for layer in head:
+                if isinstance(layer, nn.Linear):
+                    y = nn.functional.linear(y, layer.weight[:, : y.shape[1]], layer.bias)
+                elif model == "vit_mini":
+                    y = y.relu()
+                else:
+                    y = nn.functional.batch_norm(y, None, None, layer.weight, layer.bias, training=True).relu()
+            outputs.append(y)
+        assert len(head) == 5
+        return unit(torch.cat(outputs), dim=1) @ unit(head.prototypes, dim=1).T
 
     def expected(prediction: Tensor) -> Tensor:
         log_p = (prediction / 0.1).log_softmax(1)
@@ -303,7 +311,7 @@ def test_dino_iteration(aux_head: bool) -> None:
         if aux_head and i == 1:
             prediction = torch.cat([method.aux_predictor(view) for view in prediction.chunk(2)])
         _assert_same(loss, expected(prediction) - entropy)
-        weights = [method.encoder_q.fc.prototypes, method.encoder_q.conv1.weight]
+        weights = [method.encoder_q.fc.prototypes, next(method.encoder_q.parameters())]
         for ours, theirs in zip(
             torch.autograd.grad(loss, weights), torch.autograd.grad(expected(prediction), weights), strict=True
         ):

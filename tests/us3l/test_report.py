@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
-from us3l import report
+from us3l import files
 from us3l.report import evaluation_table, plot_accuracy, quantity, write_json
 
 ROWS = [
@@ -39,7 +39,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report.os, step, interrupt)
+    monkeypatch.setattr(files.os, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
@@ -80,12 +80,17 @@ def test_plot_has_one_labelled_series_per_network(tmp_path: Path, monkeypatch: p
         del row["deviation"]
     path = plot_accuracy({"US3L": ROWS, "individual": other, "absent": []}, tmp_path / "plot.png", x=x)
 
-    assert imread(path).shape[:2] == (630, 960)
+    assert imread(path).shape[:2] == (630, 960) and os.listdir(tmp_path) == ["plot.png"]
     [axes] = figures[0].axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["US3L", "individual"]
     assert "accuracy" in axes.get_ylabel() and axes.get_xlabel()
     lines = {tuple(line.get_ydata()) for line in axes.get_lines()}
     assert {(71.4, 77.5), (68.4, 74.5)} <= lines
+
+
+def test_a_plot_is_a_png_by_any_name(tmp_path: Path) -> None:
+    path = plot_accuracy({"US3L": ROWS}, tmp_path / "accuracy.plot")
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot_names_bad_arguments(tmp_path: Path) -> None:

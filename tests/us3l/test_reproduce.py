@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from us3l import reproduce as engine
 from us3l.config import load, recipes, to_dict
 from us3l.engine import Trainer
-from us3l.errors import ConfigError
+from us3l.errors import ConfigError, TrainingError
 from us3l.methods import build_method
 from us3l.reproduce import Cell, cells, check_claims, lines, projections, reproduce, run_cell, series
 from us3l.tables import ROWS, SCALES, TABLES, WIDTHS, Gap
@@ -424,6 +425,19 @@ def test_a_full_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pyt
     again = run_cell(cell, epochs.append)  # the run is finished, and evaluated again
     assert epochs == [3, 4] and again["rows"] == done["rows"]
     assert (tmp_path / "us3l-seed0" / "step-000000004.pt").is_file()
+
+
+class Killed:
+    """Unpickled in a worker process, it ends it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (9,)
+
+
+def test_a_killed_process_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_run_in_process", Killed())
+    with pytest.raises(TrainingError, match="the process of a run was killed.*the runs that are done are kept"):
+        engine.run_cells([Cell("random", "mini", 0, tmp_path)], Console(file=io.StringIO()))
 
 
 @pytest.mark.slow

@@ -127,9 +127,14 @@ def test_results_of_something_else_are_refused(model: Backbone, data: Data, tmp_
         Search(model, data, path, subject={"data": 2})
     with pytest.raises(CheckpointError, match=r"something else \(weights: "):
         Search(build_model("resnet_tiny", stem="small", divisor=4), data, path, subject={"data": 1})
-    path.write_text("[]\n")
-    with pytest.raises(CheckpointError, match="is not a results file"):
-        Search(model, data, path)
+    for foreign in (b"[]\n", b"a note of somebody's", b"{", b"\xff\n"):
+        path.write_bytes(foreign)
+        if foreign == b"{":  # of our own, torn in its first line
+            Search(model, data, path)
+            continue
+        with pytest.raises(CheckpointError, match="is not a results file"):
+            Search(model, data, path)
+        assert path.read_bytes() == foreign
 
 
 def test_switchable_norms_have_the_widths_of_their_list(data: Data, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Protocol
 from torch import Tensor
 
 from us3l.data.seeding import IndexArray, Stream, permutation
-from us3l.errors import DataError
 
 Labelled = tuple[Tensor, Tensor]  # images float32 [n, C, H, W], labels int64 [n]
 
@@ -106,17 +105,12 @@ class EpochOrder:
     """The order of the training images: one permutation per epoch, cut into batches, sharded over processes.
 
     Batch i of the W processes, put one behind the other in rank order, is batch i of a single process with
-    batch size W * B. What does not fill the last batch is dropped.
+    batch size W * B. What does not fill the last batch is dropped: with fewer images than a batch there is none.
     """
 
     def __init__(self, samples: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}")
-        if samples < batch_size * world_size:
-            raise DataError(
-                f"an epoch has {samples} training images, less than one batch: data.batch_size={batch_size} "
-                f"on {world_size} process(es) takes {batch_size * world_size}. Use a smaller batch."
-            )
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self.rank, self.world_size = rank, world_size
 

@@ -42,6 +42,7 @@ from us3l.data.folder import (
 )
 from us3l.data.seeding import IndexArray, Stream, keys, permutation
 from us3l.errors import DataError
+from us3l.files import write_text
 
 if TYPE_CHECKING:
     from us3l.config import DataConfig
@@ -99,7 +100,7 @@ def index_shards(folder: Path, progress: Callable[[str], None] = lambda text: No
         labels = [_image_and_label(sample)[1] for sample in read_samples([path])]
         shards.append({"file": path.name, "bytes": path.stat().st_size, "labels": labels})
     index = {"shards": shards}
-    (folder / INDEX).write_text(json.dumps(index) + "\n", encoding="utf-8")
+    write_text(folder / INDEX, json.dumps(index) + "\n")
     return index
 
 

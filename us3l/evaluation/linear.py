@@ -19,8 +19,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from us3l.errors import TrainingError
 from us3l.evaluation.features import backbone, device_of, features
-from us3l_kernels.width import Width, use_width
+from us3l_kernels.width import Width, use_width, width_key
 
 if TYPE_CHECKING:
     from us3l.data.base import Data
@@ -96,7 +97,7 @@ def linear_probe_sgd(
         on_epoch: called with (epochs done, mean training loss of the epoch).
 
     Raises:
-        FloatingPointError: the loss is no longer finite: the learning rate is too high for these features.
+        TrainingError: the loss is no longer finite: the learning rate is too high for these features.
     """
     network, device = backbone(model), device_of(model)
     test_features, test_labels = features(model, data.test, width)
@@ -129,7 +130,10 @@ def linear_probe_sgd(
                     batches += 1
                 mean = float(total) / max(1, batches)
                 if not math.isfinite(mean):
-                    raise FloatingPointError(f"linear_probe_sgd: the loss is {mean} in epoch {epoch}")
+                    raise TrainingError(
+                        f"linear evaluation, width {width_key(width)}: the loss is {mean} in epoch {epoch + 1}: the "
+                        f"learning rate {protocol.lr:g} is too high for these features; try --protocol lbfgs"
+                    )
                 if on_epoch is not None:
                     on_epoch(epoch + 1, mean)
     finally:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from us3l.losses import Criterion
 from us3l.methods.base import Method
 from us3l.methods.heads import MLP
+from us3l.models import VisionTransformer
 
 if TYPE_CHECKING:
     from us3l.config import MethodConfig
@@ -21,11 +22,15 @@ CENTER_MOMENTUM = 0.9
 
 
 class PrototypeHead(MLP):
-    """Features [N, C_active] to their cosines with `prototypes` [K, BOTTLENECK]: [N, K]."""
+    """Features [N, C_active] to their cosines with `prototypes` [K, BOTTLENECK]: [N, K].
 
-    def __init__(self, features: int, hidden: int, prototypes: int) -> None:
-        super().__init__((features, hidden, hidden, BOTTLENECK), (True, True, True), norms=False)
-        self.prototypes = nn.Parameter(torch.randn(prototypes, BOTTLENECK))
+    norms: batch norms behind the hidden layers.
+    """
+
+    def __init__(self, features: int, hidden: int, prototypes: int, *, norms: bool) -> None:
+        super().__init__((features, hidden, hidden, BOTTLENECK), (True, True, True), norms=norms)
+        # Only their directions count, and the longer they are, the slower these turn: they start short.
+        self.prototypes = nn.Parameter(torch.randn(prototypes, BOTTLENECK) * BOTTLENECK**-0.5)
 
     def norm(self, outputs: Tensor) -> Tensor:
         # A product under autocast would round the cosines, and the temperatures enlarge them.
@@ -45,8 +50,9 @@ class DINO(Method):
     hidden_dim=2048, temperature=0.1, teacher_temperature=0.04, momentum=0.996 and momentum_schedule=cosine is the
     published method with two crops, but for a ReLU instead of GELU in the head, the warm-up of the teacher's
     temperature, and the frozen prototypes of the first epoch. The KL divergence is its cross-entropy (eq. 2) less the
-    entropy of the target, which has no gradient. The auxiliary head has 2 * dim * hidden_dim weights: take fewer
-    prototypes with it, or method.aux_head=false.
+    entropy of the target, which has no gradient. The head has batch norms where the backbone has them (an option of the
+    published code, `use_bn_in_head`): without them a ResNet's first outputs hardly differ, and it collapses. The
+    auxiliary head has 2 * dim * hidden_dim weights: take fewer prototypes with it, or method.aux_head=false.
     """
 
     base_losses: ClassVar = ("kl",)
@@ -55,7 +61,9 @@ class DINO(Method):
     center: Tensor  # [K]
 
     def __init__(self, encoder: Backbone, config: MethodConfig, **widths: Any) -> None:
-        projector = PrototypeHead(encoder.feature_dim, config.hidden_dim, config.dim)
+        projector = PrototypeHead(
+            encoder.feature_dim, config.hidden_dim, config.dim, norms=not isinstance(encoder, VisionTransformer)
+        )
         super().__init__(encoder, projector, None, config, **widths)
         self.register_buffer("center", torch.zeros(config.dim))
 
