@@ -112,6 +112,43 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * Chunks + (chunk ^ ((row % 2 * 4 + row / 2 % 4) % Chunks));
 }
 
+// The main loop: adds the products of all steps to a block's sums. While one stage is multiplied, the next are copied.
+//
+// copy(step, stage) starts a thread's copies; left(stage, k, m, to) loads 16 lines and 16 terms of the left factor for
+// a warp, right(stage, n, to) 8 columns and all terms of the right one.
+template <class T, int MT, int NT, int Chunks, class Copy, class Left, class Right>
+__device__ __forceinline__ void add_products(uint32_t steps, Chunk (&shared)[kStages][Chunks], const Copy& copy,
+                                             const Left& left, const Right& right, float (&sums)[MT][NT][4]) {
+#pragma unroll
+  for (uint32_t step = 0; step < kStages - 1; ++step) {
+    if (step < steps) copy(step, shared[step]);
+    end_group();
+  }
+#pragma unroll 1
+  for (uint32_t step = 0; step < steps; ++step) {
+    wait_for_groups<kStages - 2>();
+    __syncthreads();  // all copies of this stage are there, and the one before has been read
+    const uint32_t next = step + kStages - 1;
+    if (next < steps) copy(next, shared[next % kStages]);
+    end_group();
+    const Chunk* const stage = shared[step % kStages];
+    uint32_t a[2][MT][4];
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int m = 0; m < MT; ++m) left(stage, k, m, a[k][m]);
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      uint32_t b[4];
+      right(stage, n, b);
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+#pragma unroll
+        for (int m = 0; m < MT; ++m) multiply_add<T>(a[k][m], b[2 * k], b[2 * k + 1], sums[m][n]);
+    }
+  }
+}
+
 // y, or dX: a tile of kPixels of them and NT chunks of their channels, from all taps and channels of what they see.
 //
 // TRANSPOSED: the sum is over the filters' outputs (dX), else over their inputs (y). The result is dense.
@@ -123,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, NT < 9 ? 3 : 2)
   constexpr int kCopies = (kFilterChunks + kThreads - 1) / kThreads;  // of a thread, of the filters
   constexpr int kPixelChunks = kPixels * kDepthChunks;
   static_assert(kPixels * NT <= kStages * (kPixelChunks + kFilterChunks) && NT % 2 == 1);
-  __shared__ Chunk shared[kStages * (kPixelChunks + kFilterChunks)];
+  __shared__ Chunk shared[kStages][kPixelChunks + kFilterChunks];
 
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int first_channel = static_cast<int>(blockIdx.x % tiles) * NT * kChannels;
@@ -139,8 +176,7 @@ __global__ void __launch_bounds__(kThreads, NT < 9 ? 3 : 2)
   const Place places[] = {place_of(0), place_of(1), place_of(2), place_of(3)};
   static_assert(kPixels / kRows == 4);
 
-  const auto copy_stage = [&](uint32_t step) {
-    Chunk* const stage = shared + step % kStages * (kPixelChunks + kFilterChunks);
+  const auto copy_stage = [&](uint32_t step, Chunk* stage) {
     const Tap tap(seen, step * kDepthChunks + static_cast<uint32_t>(chunk));
 #pragma unroll
     for (int i = 0; i < kPixels / kRows; ++i) {
@@ -169,44 +205,23 @@ __global__ void __launch_bounds__(kThreads, NT < 9 ? 3 : 2)
     }
   };
 
+  const auto pixels_of = [&](const Chunk* stage, int k, int m, uint32_t(&to)[4]) {
+    load_matrices(stage + swizzled<kDepthChunks>((warp * MT + m) * 16 + lane % 16, k * 2 + lane / 16), to);
+  };
+  const auto filters_of = [&](const Chunk* stage, int n, uint32_t(&to)[4]) {
+    const Chunk* const from = stage + kPixelChunks;
+    if constexpr (TRANSPOSED)
+      load_transposed(from + lane * NT + n, to);
+    else
+      load_matrices(from + swizzled<kDepthChunks>(n * 8 + lane % 8, lane / 8), to);
+  };
   float sums[MT][NT][4] = {};
   const uint32_t steps = (seen.depth_chunks + kDepthChunks - 1) / kDepthChunks;
-#pragma unroll
-  for (uint32_t step = 0; step < kStages - 1; ++step) {
-    if (step < steps) copy_stage(step);
-    end_group();
-  }
-#pragma unroll 1
-  for (uint32_t step = 0; step < steps; ++step) {
-    wait_for_groups<kStages - 2>();
-    __syncthreads();  // all copies of this stage are there, and the one before has been read
-    if (step + kStages - 1 < steps) copy_stage(step + kStages - 1);
-    end_group();
-    const Chunk* const stage = shared + step % kStages * (kPixelChunks + kFilterChunks);
-    uint32_t a[2][MT][4];
-#pragma unroll
-    for (int k = 0; k < 2; ++k)
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-        load_matrices(stage + swizzled<kDepthChunks>((warp * MT + m) * 16 + lane % 16, k * 2 + lane / 16), a[k][m]);
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      uint32_t b[4];
-      const Chunk* const from = stage + kPixelChunks;
-      if constexpr (TRANSPOSED)
-        load_transposed(from + lane * NT + n, b);
-      else
-        load_matrices(from + swizzled<kDepthChunks>(n * 8 + lane % 8, lane / 8), b);
-#pragma unroll
-      for (int k = 0; k < 2; ++k)
-#pragma unroll
-        for (int m = 0; m < MT; ++m) multiply_add<T>(a[k][m], b[2 * k], b[2 * k + 1], sums[m][n]);
-    }
-  }
+  add_products<T>(steps, shared, copy_stage, pixels_of, filters_of, sums);
 
   // By way of shared memory, [kPixels][NT], so that every thread writes 16 bytes.
   __syncthreads();
-  T* const tile = reinterpret_cast<T*>(shared);
+  Chunk* const tile = shared[0];
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
     const int column = n * kChannels + lane % 4 * 2;
@@ -221,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, NT < 9 ? 3 : 2)
       for (int half = 0; half < 2; ++half) {
         const int line = (warp * MT + m) * 16 + half * 8 + lane / 4;
         const float pair[] = {sums[m][n][2 * half] + offset[0], sums[m][n][2 * half + 1] + offset[1]};
-        store(tile + line * NT * kChannels + column, pair);
+        store(reinterpret_cast<T*>(tile + line * NT) + column, pair);
       }
   }
   __syncthreads();
@@ -231,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, NT < 9 ? 3 : 2)
     const int index = thread + i * kThreads, column = first_channel + index % NT * kChannels;
     const uint32_t pixel = first_pixel + static_cast<uint32_t>(index / NT);
     if (pixel < pixels && column < channels)
-      *reinterpret_cast<Chunk*>(to + static_cast<int64_t>(pixel) * channels + column) = shared[index];
+      *reinterpret_cast<Chunk*>(to + static_cast<int64_t>(pixel) * channels + column) = tile[index];
   }
 }
 
@@ -244,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, NT < 9 ? 3 : 2)
   constexpr int kGradChunks = NT * kDepth, kCopies = (kGradChunks + kThreads - 1) / kThreads;
   constexpr int kSeenChunks = kLineChunks * kDepth;
   static_assert(NT % 2 == 1);
-  __shared__ Chunk shared[kStages * (kSeenChunks + kGradChunks)];
+  __shared__ Chunk shared[kStages][kSeenChunks + kGradChunks];
 
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int first_channel = static_cast<int>(blockIdx.y) * NT * kChannels;
@@ -260,8 +275,7 @@ __global__ void __launch_bounds__(kThreads, NT < 9 ? 3 : 2)
   const Tap taps[] = {tap_of(0), tap_of(1), tap_of(2), tap_of(3)};
   static_assert(kLineChunks / kStep == 4);
 
-  const auto copy_stage = [&](uint32_t step) {
-    Chunk* const stage = shared + step % kStages * (kSeenChunks + kGradChunks);
+  const auto copy_stage = [&](uint32_t step, Chunk* stage) {
     const uint32_t own = step * kDepth + static_cast<uint32_t>(row);
     const Place place(seen, begin + (own < count ? own : 0));
 #pragma unroll
@@ -278,38 +292,15 @@ __global__ void __launch_bounds__(kThreads, NT < 9 ? 3 : 2)
     }
   };
 
+  const auto seen_of = [&](const Chunk* stage, int k, int m, uint32_t(&to)[4]) {
+    const int line = k * 16 + lane / 16 * 8 + lane % 8, column = (warp * MT + m) * 2 + lane / 8 % 2;
+    load_transposed(stage + swizzled<kLineChunks>(line, column), to);
+  };
+  const auto grads_of = [&](const Chunk* stage, int n, uint32_t(&to)[4]) {
+    load_transposed(stage + kSeenChunks + lane * NT + n, to);
+  };
   float sums[MT][NT][4] = {};
-  const uint32_t steps = (count + kDepth - 1) / kDepth;
-#pragma unroll
-  for (uint32_t step = 0; step < kStages - 1; ++step) {
-    if (step < steps) copy_stage(step);
-    end_group();
-  }
-#pragma unroll 1
-  for (uint32_t step = 0; step < steps; ++step) {
-    wait_for_groups<kStages - 2>();
-    __syncthreads();  // all copies of this stage are there, and the one before has been read
-    if (step + kStages - 1 < steps) copy_stage(step + kStages - 1);
-    end_group();
-    const Chunk* const stage = shared + step % kStages * (kSeenChunks + kGradChunks);
-    uint32_t a[2][MT][4];
-#pragma unroll
-    for (int k = 0; k < 2; ++k)
-#pragma unroll
-      for (int m = 0; m < MT; ++m) {
-        const int line = k * 16 + lane / 16 * 8 + lane % 8, column = (warp * MT + m) * 2 + lane / 8 % 2;
-        load_transposed(stage + swizzled<kLineChunks>(line, column), a[k][m]);
-      }
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      uint32_t b[4];
-      load_transposed(stage + kSeenChunks + lane * NT + n, b);
-#pragma unroll
-      for (int k = 0; k < 2; ++k)
-#pragma unroll
-        for (int m = 0; m < MT; ++m) multiply_add<T>(a[k][m], b[2 * k], b[2 * k + 1], sums[m][n]);
-    }
-  }
+  add_products<T>((count + kDepth - 1) / kDepth, shared, copy_stage, seen_of, grads_of, sums);
 
   const int64_t lines = static_cast<int64_t>(seen.depth_chunks) * kChannels;
   float* const piece = partials + blockIdx.z * lines * channels;
