@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from us3l.config import CLASSES, DataConfig
-from us3l.data import make_data
+from us3l.data import arrays, make_data
 from us3l.data.recognition import RECOGNITION, recognition_images
 from us3l.errors import DataError
 
@@ -103,6 +104,17 @@ def test_samples_are_those_of_torchvision(name: str, tmp_path: Path) -> None:
     assert (data.num_classes, data.in_channels, data.size) == (num_classes, 3, 8)
     assert data.train_labels.tolist() == [label for _, label in train]
     assert sum(len(labels) for _, labels in data.test) == len(test)
+
+
+def test_the_script_writes_files_that_are_read(tmp_path: Path) -> None:
+    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "make_fashion_dtd.py"))
+    source, root = arrays.fashion_mini(28), tmp_path / "dtd" / "dtd"
+    (root / "labels").mkdir(parents=True)
+    for split, images in (("train", source.train), ("val", source.train), ("test", source.test)):
+        script["write_split"](root, split, images, range(2))
+    data = make_data(DataConfig(name="dtd", root=str(tmp_path), size=28), seed=0)
+    assert data.train_labels.tolist() == 2 * [label for label in range(10) for _ in range(2)]
+    assert sum(len(labels) for _, labels in data.test) == 20
 
 
 @pytest.mark.parametrize("name", WRITERS)
