@@ -385,7 +385,7 @@ class Tile:
 
 
 # In the order in which they are tried. By precision: of half precision, of float32 rounded to TF32 on the tensor cores,
-# of exact float32 without them; and "any" of the first two with channels that are no multiples of 8.
+# of exact float32 without them; with channels that are no multiple of 8 "any" of the first two, "any ieee" of the last.
 PRODUCT_TILES = {
     "half": (
         Tile(128, 64, 64, 4, channels=64),
@@ -396,14 +396,16 @@ PRODUCT_TILES = {
     "tf32": (Tile(128, 64, 32, 4, channels=64), Tile(128, 128, 32, 8)),
     "ieee": (Tile(64, 64, 16, 8),),
     "any": (Tile(64, 64, 32, 8),),
+    "any ieee": (Tile(64, 32, 16, 4, capability=100), Tile(64, 64, 16, 8)),
 }
-FEW_ROWS = {"half": Tile(64, 64, 64, 4), "tf32": Tile(64, 64, 32, 4)}
+FEW_ROWS = {"half": Tile(64, 64, 64, 4), "tf32": Tile(64, 64, 32, 8)}
 """Instead of those that would be fewer than the multiprocessors."""
 GRADIENT_TILES = {
     "half": (Tile(64, 64, 64, 4, channels=64), Tile(128, 128, 64, 8)),
     "tf32": (Tile(64, 64, 32, 4, channels=64), Tile(128, 128, 32, 8)),
     "ieee": (Tile(32, 64, 32, 4),),
     "any": (Tile(64, 64, 32, 8),),
+    "any ieee": (Tile(32, 64, 32, 4),),
 }
 COLUMNS_WITH_STATISTICS = 128  # at most: their epilogue holds the results once more, in float32
 LEAST_ROWS_OF_A_PIECE = 512
@@ -471,7 +473,7 @@ def _tile(
     tiles: dict[str, tuple[Tile, ...]], precision: str, vector: int, channels: int, capability: int, most: int = 1 << 31
 ) -> Tile:
     """The first that fits, with at most `most` columns."""
-    key = "any" if vector == 1 and precision != "ieee" else precision
+    key = precision if vector > 1 else "any ieee" if precision == "ieee" else "any"
     fitting = (tile for tile in tiles[key] if channels <= tile.channels and capability >= tile.capability)
     return next(tile for tile in fitting if tile.n <= most)
 
@@ -755,12 +757,12 @@ def binaries(capability: int) -> Iterator[Binary]:
     yield product("3x3", narrow, "half", "bf16", statistics=True, flat=True)
     yield product("1x1", tile, "half", "bf16", bias=True)
     for precision, dtype in (("half", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
-        key = "ieee" if precision == "ieee" else "any"
+        tile, of_gradient = (_tile(t, precision, 1, 1, capability) for t in (PRODUCT_TILES, GRADIENT_TILES))
         for flat in (False, True):
             for dx in (False, True):
-                yield product("3x3", PRODUCT_TILES[key][0], precision, dtype, dx=dx, flat=flat, vector=1)
-            yield product("3x3", PRODUCT_TILES[key][0], precision, dtype, statistics=True, flat=flat, vector=1)
-            yield gradient("3x3", GRADIENT_TILES[key][0], precision, dtype, flat=flat, vector=1)
+                yield product("3x3", tile, precision, dtype, dx=dx, flat=flat, vector=1)
+            yield product("3x3", tile, precision, dtype, statistics=True, flat=flat, vector=1)
+            yield gradient("3x3", of_gradient, precision, dtype, flat=flat, vector=1)
     for dtype in DTYPES:
         for vector, innermost in ((8, True), (1, True), (1, False)):
             yield Binary(
