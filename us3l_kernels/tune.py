@@ -5,6 +5,9 @@
 
 From then on `auto` takes the fastest for these calls, in this process and, through a file (see
 `us3l_kernels.backends.measured`), in others on this machine. Nothing is ever measured unless asked for here.
+
+On a GPU the times are those of CUDA graphs, as a training step runs its calls: most kernels are shorter than their
+launch, by which a backend that is written in Python would always lose.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from us3l_kernels import functional
 from us3l_kernels.backends import BACKENDS, backend, measured
 from us3l_kernels.backends.measured import Call, Measurement
+from us3l_kernels.plans import Capture, CudaGraphs
 from us3l_kernels.width import use_width
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
@@ -82,6 +86,16 @@ def record(
 
 def measure(call: Call, threads: int, x_gradient: bool, weight_gradient: bool) -> Measurement | None:
     """Time a call on every backend that runs it but the reference; None if there is no choice of these."""
+    if call[1] != "cuda":
+        return _measure(call, threads, x_gradient, weight_gradient)
+    graphs = CudaGraphs(torch.device("cuda"))
+    with graphs.stream():
+        return _measure(call, threads, x_gradient, weight_gradient, graphs)
+
+
+def _measure(
+    call: Call, threads: int, x_gradient: bool, weight_gradient: bool, capture: Capture | None = None
+) -> Measurement | None:
     op, device, _, _, arguments = call
     x, weight = (None if layout is None else _tensor(layout, device) for layout in call[2:4])
     assert x is not None
@@ -107,12 +121,12 @@ def measure(call: Call, threads: int, x_gradient: bool, weight_gradient: bool) -
 
     # Under autocast x would have been recorded as it was cast.
     with torch.autocast(device, enabled=False), torch.set_grad_enabled(bool(needed)):
-        forward_times = _times({name: partial(forward, name) for name in candidates}, device)
+        forward_times = _times({name: partial(forward, name) for name in candidates}, capture)
         if not needed:
             return Measurement(call, threads, forward_times, None)
         outputs = {name: forward(name) for name in candidates}
         grad = torch.randn_like(next(iter(outputs.values())))
-        backward_times = _times({name: partial(backward, y) for name, y in outputs.items()}, device)
+        backward_times = _times({name: partial(backward, y) for name, y in outputs.items()}, capture)
     return Measurement(call, threads, forward_times, backward_times)
 
 
@@ -168,26 +182,33 @@ REPLAYS: dict[str, Callable[..., Replay]] = {
 }
 
 
-def _times(sides: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
-    """Median seconds of each. They take turns; one that is clearly not the fastest drops out."""
-    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+def _times(sides: dict[str, Callable[[], object]], capture: Capture | None) -> dict[str, float]:
+    """Median seconds of each, as `capture` records it. They take turns; what is clearly not the fastest drops out."""
+    synchronise = (lambda: None) if capture is None else torch.cuda.synchronize
 
-    def seconds(side: Callable[[], object], repeats: int) -> float:
+    def seconds(run: Callable[[], object], repeats: int) -> float:
         synchronise()
         start = time.perf_counter()
-        for _ in range(repeats):
-            side()
+        run()
         synchronise()
         return (time.perf_counter() - start) / repeats
+
+    def repeated(side: Callable[[], object], repeats: int) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(repeats):
+                side()
+
+        return run if capture is None else capture(run)
 
     for side in sides.values():
         side()  # compiles, allocates
     repeats = {name: math.ceil(LEAST_SECONDS / max(seconds(side, 1), 1e-7)) for name, side in sides.items()}
+    runs = {name: repeated(side, repeats[name]) for name, side in sides.items()}
     samples: dict[str, list[float]] = {name: [] for name in sides}
     running = list(sides)
     for turn in range(MOST_ROUNDS):
         for name in running:
-            samples[name].append(seconds(sides[name], repeats[name]))
+            samples[name].append(seconds(runs[name], repeats[name]))
         if turn + 1 >= LEAST_ROUNDS:
             quartiles = {name: quantiles(values, n=4, method="inclusive") for name, values in samples.items()}
             fastest = min(running, key=lambda name: quartiles[name][1])

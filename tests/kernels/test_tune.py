@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from us3l_kernels.backends import BACKENDS, OPS, choose, measured
 from us3l_kernels.backends.aten import AtenBackend
 from us3l_kernels.backends.measured import Measurement, Table
 from us3l_kernels.errors import SettingError
-from us3l_kernels.tune import REPLAYS, measure, record, tune
+from us3l_kernels.tune import LEAST_ROUNDS, REPLAYS, _times, measure, record, tune
 
 CONVOLUTION = {"out_channels": 16, "groups": 1, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
 needs_native = pytest.mark.skipif(_native.load() is None, reason=f"no native library: {_native.why}")
@@ -154,6 +155,33 @@ def test_tune_measures_what_a_model_calls(cache: Path) -> None:
     reloaded = measured.load("cpu")
     assert reloaded.measurements == {(m.call, m.threads): m for m in measurements}
     assert reloaded.fingerprint() == measured.table("cpu").fingerprint()
+
+
+def test_a_gpu_is_timed_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was recorded is timed, and nothing is launched meanwhile."""
+    launches: list[str] = []
+    recorded: list[list[str]] = []
+    replayed: list[str] = []
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        before = len(launches)
+        work()
+        recorded.append(launches[before:])
+        return partial(replayed.append, launches[-1])
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    times = _times({name: partial(launches.append, name) for name in "ab"}, capture)
+    assert times.keys() == set("ab") == set(replayed) and len(replayed) >= 2 * LEAST_ROUNDS
+    assert [set(names) for names in recorded] == [{"a"}, {"b"}] and launches[-len(recorded[1]) :] == recorded[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(cache: Path) -> None:
+    x = torch.randn(8, 64, 16, 16, device="cuda").bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(64, 64, 3, 3, device="cuda", requires_grad=True)
+    (measurement,) = tune(lambda: functional.conv2d(x, weight, padding=1))
+    assert measurement.backward is not None and measurement.forward.keys() == measurement.backward.keys()
+    assert min(measurement.forward.values()) > 0
 
 
 def test_the_first_layer_needs_no_gradient_of_x() -> None:
