@@ -7,6 +7,7 @@ are those of CUDA graphs that repeat them over several input sets: neither the h
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -46,8 +47,9 @@ SETS = 3  # of inputs
 LEAST_MS = 1.0  # of one reading
 HALVES = (torch.bfloat16, torch.float16)
 # Largest error beside the largest value: a small multiple of ATen's own, or what the rounding of the inputs may make.
+# TF32 has as many bits as float16.
 MULTIPLE = 3.0
-SMALL = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+SMALL = {"float32": 2e-6, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
 
 
 @dataclass(frozen=True)
@@ -292,14 +294,37 @@ def correctness(setup: Setup) -> Iterator[Item]:
     of parameters, where nothing outside the slice is read (NaN) or written (a canary)."""
     for case in OP_CASES[:5] if setup.smoke else OP_CASES:
         for name in backends(case.op):
-            for dtype in (torch.float32, *HALVES):
-                label = f"{case.op} {case.name}, {name}, {str(dtype).removeprefix('torch.')}"
-                yield label, partial(check_operation, setup, case, name, dtype)
+            for precision in precisions(setup, case.op):
+                yield f"{case.op} {case.name}, {name}, {precision}", partial(
+                    check_operation, setup, case, name, precision
+                )
     yield from multi_tensor(setup)
 
 
-def check_operation(setup: Setup, case: OpCase, name: str, dtype: torch.dtype) -> dict[str, Any]:
+def precisions(setup: Setup, op: str) -> list[str]:
+    """Of SMALL. On a GPU torch computes convolutions of float32 in TF32, unless told otherwise: both are checked."""
+    return [name for name in SMALL if name != "tf32" or (op == "conv2d" and setup.device.type == "cuda")]
+
+
+@contextmanager
+def convolutions_in(precision: str) -> Iterator[None]:
+    """Convolutions of float32 in "ieee" or "tf32": cuDNN's, and those of our backends, which follow."""
+    setting = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, setting.fp32_precision = setting.fp32_precision, precision
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def check_operation(setup: Setup, case: OpCase, name: str, precision: str) -> dict[str, Any]:
     """Errors of one call; raises Mismatch if one is too large."""
+    with convolutions_in("tf32" if precision == "tf32" else "ieee"):
+        return _check_operation(setup, case, name, precision)
+
+
+def _check_operation(setup: Setup, case: OpCase, name: str, precision: str) -> dict[str, Any]:
+    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
     generator = torch.Generator().manual_seed(0)
     x, extra = torch.randn(2, *case.x, generator=generator).to(dtype)
     values = {key: 0.5 * torch.randn(shape, generator=generator) for key, shape in case.parameters.items()}
@@ -347,7 +372,7 @@ def check_operation(setup: Setup, case: OpCase, name: str, dtype: torch.dtype) -
         scale = value.abs().max().item() or 1.0
         own, aten = ((of[key] - value).abs().max().item() / scale for of in (given, plain))
         errors[key] = own
-        if not own <= max(MULTIPLE * aten, SMALL[dtype]):
+        if not own <= max(MULTIPLE * aten, SMALL[precision]):
             raise harness.Mismatch(f"{key} differs by {own:.1e} of its largest value, ATen's by {aten:.1e}")
     return {"errors": errors}
 
@@ -413,7 +438,8 @@ def multi_tensor(setup: Setup) -> Iterator[Item]:
 
 
 def sanitizer(setup: Setup) -> Iterator[Item]:
-    """compute-sanitizer over the correctness of a few calls."""
+    """compute-sanitizer over the correctness of a few calls. Every tensor is an allocation of its own meanwhile: in the
+    memory that torch keeps, an access behind one tensor would be a good one to the next."""
 
     def run(tool: str) -> dict[str, Any]:
         found = shutil.which("compute-sanitizer")
@@ -426,7 +452,8 @@ def sanitizer(setup: Setup) -> Iterator[Item]:
             found, "--tool", tool, "--error-exitcode", "9", sys.executable, suite,
             "--part", "1", "--section", "correctness", "--out", str(out), "--smoke",
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
         summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
         shutil.rmtree(out, ignore_errors=True)
         if done.returncode != 0:
@@ -780,7 +807,7 @@ def pairs(setup: Setup) -> Iterator[Item]:
         with torch.no_grad():
             (y, _, *given), expected = together(0), apart(0, triton, BACKENDS["reference"])
             for name, a, b in zip(("y", "mean", "rstd"), (y, *given), expected, strict=True):
-                if not (error := harness.relative_error(a, b)) <= SMALL[dtype]:
+                if not (error := harness.relative_error(a, b)) <= SMALL[str(dtype).removeprefix("torch.")]:
                     raise harness.Mismatch(f"{name} differs by {error:.1e} from that of two operations")
             sides = {name: side for name, side in sides.items() if "reference" not in name}
             times = microseconds(setup, sides)

@@ -17,11 +17,13 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -95,18 +97,22 @@ def run_process(options: argparse.Namespace, section: str, seconds: float) -> bo
         "--items", options.items, *(["--smoke"] if options.smoke else []),
     ]  # fmt: skip
     log = log_of(options.out, section)
-    process = subprocess.Popen(command, cwd=ROOT)
+    # A group of its own: what it has started (compilers, a sanitizer) goes with it, and disturbs no other section.
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=os.setpgrp)
     end = time.monotonic() + seconds
-    while process.poll() is None:
-        time.sleep(0.2)
-        # Every item writes a line when it begins and when it ends.
-        touched = log.stat().st_mtime if log.exists() else time.time()
-        stuck = time.time() - touched > LONGEST_ITEM
-        if stuck or time.monotonic() > end + 10:
-            process.kill()
-            process.wait()
-            append(log, {"died": f"stopped after {LONGEST_ITEM:.0f} s" if stuck else "stopped: out of time"})
-            return not stuck
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            # Every item writes a line when it begins and when it ends.
+            touched = log.stat().st_mtime if log.exists() else time.time()
+            stuck = time.time() - touched > LONGEST_ITEM
+            if stuck or time.monotonic() > end + 10:
+                append(log, {"died": f"stopped after {LONGEST_ITEM:.0f} s" if stuck else "stopped: out of time"})
+                return not stuck
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if process.returncode != 0:
         append(log, {"died": f"the process ended with code {process.returncode}"})
     return process.returncode == 0

@@ -56,7 +56,9 @@ CHECK_BATCH, CHECK_SIZE, CHECK_STEPS = 4, 64, 2
 
 # Tolerances, relative norms of the losses and of all that a step changed. In float64 the same memory format agrees to
 # rounding; `published` has another one, and deep networks with small batches amplify rounding up to 1e8 times.
+# On a GPU cuDNN may take other algorithms for a slice than for what autograd copies of it, and some sum in any order.
 EXACT = {"joint": 1e-9, "per_width": 1e-6}
+EXACT_ON_GPU = 1e-6
 CHECK_WEIGHT_DECAY = 0.1  # large: makes the regulariser a visible part of the update
 # In the dtype that is timed a step differs from the same step in a wider dtype by its rounding and by the activations
 # that this flips, the more the deeper the network and the smaller the batch. So plain PyTorch's own error in that step
@@ -264,7 +266,8 @@ def check_exactly(settings: Settings, *, size: int, rivals: Sequence[str], stack
     errors = {}
     for policy, reference in references.items():
         given, expected = (train(side, inputs, weights) for side in (US3L(exact, weights, policy=policy), reference))
-        errors[f"float64 {policy}"] = require_equal(f"float64, {policy}", given, expected, EXACT[policy])
+        allowed = EXACT_ON_GPU if settings.device.type == "cuda" else EXACT[policy]
+        errors[f"float64 {policy}"] = require_equal(f"float64, {policy}", given, expected, allowed)
     if "standalone" in rivals:
         standalone, eager = (kind(exact, weights, stacked=stacked).step(inputs[0]) for kind in (Standalone, Eager))
         errors["float64 standalone"] = require_equal(

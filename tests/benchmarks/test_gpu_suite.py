@@ -94,6 +94,38 @@ def test_every_tile_of_a_kernel_is_tried_alone(setup: Setup) -> None:
         assert listed == shipped
 
 
+def test_float32_is_checked_in_both_precisions_of_a_gpu(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN may compute in TF32, with channels that suit it; so what is exact and what is not are held apart."""
+    gpu = Setup(torch.device("cuda"), True, setup.out)
+    assert "tf32" in gpu_sections.precisions(gpu, "conv2d") and "tf32" not in gpu_sections.precisions(gpu, "linear")
+    setting = torch.backends.cudnn.conv
+    before, seen = setting.fp32_precision, set()
+    reference = BACKENDS["reference"]
+    exact = reference.conv2d
+
+    def conv2d(*arguments: Any) -> torch.Tensor:
+        seen.add(setting.fp32_precision)
+        return exact(*arguments)
+
+    monkeypatch.setattr(reference, "conv2d", conv2d)
+    case = next(case for case in gpu_sections.OP_CASES if case.op == "conv2d")
+    for precision, expected in {"float32": "ieee", "tf32": "tf32"}.items():
+        seen.clear()
+        gpu_sections.check_operation(setup, case, "reference", precision)
+        assert seen == {expected} and setting.fp32_precision == before
+
+
+def test_the_sanitizer_sees_every_tensor(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = setup.out / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho ERROR SUMMARY: $2 $PYTORCH_NO_CUDA_MEMORY_CACHING\n", encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    gpu = Setup(torch.device("cuda"), True, setup.out)
+    summaries = [work()["summary"] for _, work in gpu_sections.sanitizer(gpu)]
+    assert summaries == [["ERROR SUMMARY: memcheck 1"], ["ERROR SUMMARY: racecheck 1"]]
+
+
 def failing(setup: Setup) -> Iterator[Item]:
     yield "fine", lambda: {"value": 1}
     yield "raises", lambda: {}["missing"]
@@ -116,14 +148,16 @@ def test_what_dies_is_reported_and_the_rest_goes_on(setup: Setup, monkeypatch: p
     monkeypatch.setitem(SECTIONS[1], "failing", (failing, 1.0))
     monkeypatch.setattr(gpu_suite, "LONGEST_ITEM", 1.5)
     child = (
-        "import json, os, sys, time\n"
+        "import json, os, subprocess, sys, time\n"
         "log, items = sys.argv[1], ['fine', 'dies', 'hangs', 'fine as well']\n"
         "done = [json.loads(line).get('begin') for line in open(log)] if os.path.exists(log) else []\n"
         "for item in items:\n"
         "    if item in done: continue\n"
         "    open(log, 'a').write(json.dumps({'begin': item}) + '\\n')\n"
         "    if item == 'dies': os._exit(7)\n"
-        "    if item == 'hangs': time.sleep(60)\n"
+        "    if item == 'hangs':\n"
+        "        open('started', 'w').write(str(subprocess.Popen(['sleep', '60']).pid))\n"
+        "        time.sleep(60)\n"
         "    open(log, 'a').write(json.dumps({'result': {'value': 1}}) + '\\n')\n"
     )
     popen = subprocess.Popen
@@ -131,7 +165,8 @@ def test_what_dies_is_reported_and_the_rest_goes_on(setup: Setup, monkeypatch: p
     def started(command: list[str], **options: Any) -> Any:
         if "--section" not in command:  # git
             return popen(command, **options)
-        return popen([sys.executable, "-c", child, str(gpu_suite.log_of(setup.out, "failing"))], **options)
+        log = str(gpu_suite.log_of(setup.out, "failing"))
+        return popen([sys.executable, "-c", child, log], **options | {"cwd": setup.out})
 
     monkeypatch.setattr(gpu_suite.subprocess, "Popen", started)
     gpu_suite.main(["--part", "1", "--out", str(setup.out), "--device", "cpu", "--smoke", "--only", "failing"])
@@ -139,6 +174,8 @@ def test_what_dies_is_reported_and_the_rest_goes_on(setup: Setup, monkeypatch: p
     assert items["fine"] == items["fine as well"] == {"value": 1}
     assert items["dies"] == {"error": "the process ended with code 7"}
     assert items["hangs"] == {"error": "stopped after 2 s"}
+    process = Path("/proc", (setup.out / "started").read_text(encoding="utf-8"), "stat")
+    assert not process.exists() or " Z " in process.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
