@@ -146,7 +146,9 @@ def peaks(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Operations per second of a large matrix product and of a wide 3x3 convolution, both as torch runs them: the best
     of them is the roof that direct convolutions cannot pass (on some processors torch.mm is the weaker one).
     """
-    size, channels, side, images = 2048, 256, 16, 32
+    channels, side = 256, 16
+    # On a GPU a millisecond of work, or the launch would be a good part of it.
+    size, images = (8192, 2048) if device.type == "cuda" else (2048, 32)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     x = torch.randn(images, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 3, 3, device=device).to(x)

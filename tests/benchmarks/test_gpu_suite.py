@@ -118,12 +118,18 @@ def test_float32_is_checked_in_both_precisions_of_a_gpu(setup: Setup, monkeypatc
 def test_the_sanitizer_sees_every_tensor(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = setup.out / "bin" / "compute-sanitizer"
     tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\necho ERROR SUMMARY: $2 $PYTORCH_NO_CUDA_MEMORY_CACHING\n", encoding="utf-8")
+    program = """#!/bin/sh
+    echo ERROR SUMMARY: $2 $PYTORCH_NO_CUDA_MEMORY_CACHING
+    mkdir "${12}" && echo '{"result": {"errors": {}}}' > "${12}/correctness.jsonl"
+    """
+    tool.write_text(program, encoding="utf-8")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
     gpu = Setup(torch.device("cuda"), True, setup.out)
-    summaries = [work()["summary"] for _, work in gpu_sections.sanitizer(gpu)]
-    assert summaries == [["ERROR SUMMARY: memcheck 1"], ["ERROR SUMMARY: racecheck 1"]]
+    results = [work() for _, work in gpu_sections.sanitizer(gpu)]
+    assert results == [
+        {"summary": [f"ERROR SUMMARY: {name} 1"], "calls": 1} for name in ("memcheck", "racecheck")
+    ]
 
 
 def failing(setup: Setup) -> Iterator[Item]:
