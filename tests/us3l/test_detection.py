@@ -330,6 +330,21 @@ def test_errors_of_the_command(trained: Path, coco: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_detector_learns(tmp_path: Path) -> None:
+    """The command of docs/evaluation.md, on a backbone that has hardly been trained: AP 11, AP50 25 after 0, 0."""
+    script = Path(__file__).parents[2] / "scripts" / "make_fashion_coco.py"
+    subprocess.run([sys.executable, script, tmp_path / "coco"], check=True)
+    command("pretrain", "--config", "mini_us3l", "train.epochs=1", f"checkpoint.dir={tmp_path / 'run'}")
+    box: dict[int, dict[str, float]] = {}
+    for iterations in (1, 120):
+        options = ["--iterations", iterations, "--batch-size", 2, "--lr", 0.02, "--min-size", "96", "--max-size", 96]
+        out, coco = tmp_path / str(iterations), tmp_path / "coco"
+        command("detect", tmp_path / "run", "--coco-root", coco, "--task", "detection", *options, "--out", out)
+        box[iterations] = json.loads((out / "results.json").read_text(encoding="utf-8"))["metrics"]["box"]
+    assert box[1]["AP50"] < 1 and box[120]["AP"] > 4 and box[120]["AP50"] > 12
+
+
+@pytest.mark.slow
 def test_two_processes(trained: Path, coco: Path, tmp_path: Path) -> None:
     small = ["--iterations", "2", "--batch-size", "2", "--min-size", "40", "--max-size", "64", "--task", "detection"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "us3l"]
