@@ -92,7 +92,8 @@ def pretrain(
     overrides: Overrides = None,
     config: Annotated[str | None, typer.Option(help="A YAML file, or the name of a recipe.")] = None,
     resume: Annotated[
-        str | None, typer.Option(help="A checkpoint; or `auto`: the newest one of checkpoint.dir, if any.")
+        str | None,
+        typer.Option(help="A checkpoint, or a run's folder; or `auto`: the newest one of checkpoint.dir, if any."),
     ] = None,
 ) -> None:
     """Pre-train a slimmable network. Under torchrun, on several devices.
@@ -104,6 +105,8 @@ def pretrain(
     from us3l.distributed import launched
     from us3l.engine import Trainer, resolve_device
 
+    if resume is not None and resume != "auto":
+        resume = str(_newest(Path(resume)))
     if config is None and resume is not None and resume != "auto":
         loaded = configs.from_dict(checkpoints.load(resume)["config"], overrides or ())
     else:
@@ -251,7 +254,9 @@ def detect(
     ] = Norm.sync,
     iterations: Annotated[int, typer.Option(min=1, help="Default: the schedule called 1x.")] = 90_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per iteration, of all processes together.")] = 16,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; default: 0.02 for 16 images, in proportion.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate; default: 0.02 for 16 images, in proportion.", min=0)
+    ] = None,
     min_size: Annotated[
         str, typer.Option(help="Shorter side of images: one of these by chance in training, the last in tests.")
     ] = "640,672,704,736,768,800",
@@ -742,10 +747,12 @@ def _parse_width(text: str) -> Width:
     for part in text.split(","):
         name, _, value = part.rpartition("=")
         try:
+            if name in plan:
+                raise ValueError
             plan[name] = float(value)
         except ValueError:
             raise ConfigError(
-                f"--width: expected a width or a plan such as 0.5,layer3=0.25, got {text!r}"
+                f"--width: expected one width, or a plan such as 0.5,layer3=0.25, got {text!r}"
             ) from None
     width: Width = plan[""] if set(plan) == {""} else plan
     try:
@@ -759,7 +766,7 @@ def _width_text(width: Width) -> str:
     """What :func:`_parse_width` reads."""
     if isinstance(width, int | float):
         return f"{width:g}"
-    return ",".join([f"{width['']:g}", *(f"{name}={value:g}" for name, value in width.items() if name)])
+    return ",".join([f"{width.get('', 1.0):g}", *(f"{name}={value:g}" for name, value in width.items() if name)])
 
 
 def _quantity(option: str, text: str | None) -> float | None:
@@ -818,6 +825,7 @@ def _restore(
     from us3l import checkpoint as checkpoints
     from us3l import config as configs
     from us3l.engine import resolve_device
+    from us3l_kernels.width import use_width
 
     saved = checkpoints.load(path)
     config = configs.from_dict(saved["config"], overrides or ())
@@ -838,7 +846,14 @@ def _restore(
         raise ConfigError(
             f"--widths: the switchable norms of {path} have the widths {config.sampler.widths} alone, got {widths}"
         )
-    return config, checkpoints.restore(saved).to(resolve_device(config.train.device))
+    method = checkpoints.restore(saved).to(resolve_device(config.train.device))
+    for width in widths:
+        try:
+            with use_width(method.encoder_q, width):
+                pass
+        except ValueError as error:  # a plan that names what is not there
+            raise ConfigError(f"--{error}") from None
+    return config, method
 
 
 def _data(path: Path, config: Config) -> Any:

@@ -344,7 +344,7 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise ConfigError(f"train.device: cannot use {name!r}: {str(error).splitlines()[0]}") from None
     return torch.device("cuda", local_rank) if device.type == "cuda" and device.index is None else device

@@ -99,8 +99,9 @@ def test_resume_auto_goes_on_and_a_path_brings_its_configuration(trained: Path, 
     assert "1 epochs and 0 batches are done" in run(
         "pretrain", "--resume", "auto", *TINY, f"checkpoint.dir={trained.parent}"
     )
-    output = run("pretrain", "--resume", trained, f"checkpoint.dir={tmp_path}")
-    assert "name: resnet_tiny" in output and "Resuming from" in output
+    for place in (trained, trained.parent):
+        output = run("pretrain", "--resume", place, f"checkpoint.dir={tmp_path}")
+        assert "name: resnet_tiny" in output and "Resuming from" in output
 
 
 @pytest.mark.parametrize("probe", ["knn", "linear"])
@@ -181,6 +182,26 @@ def test_what_a_checkpoint_cannot_do_is_said(
         assert "--widths" in text and "[1.0, 0.5]" in text and "0.75" in text
     text = fails(capsys, monkeypatch, "evaluate", "knn", tmp_path, "data.name=random", "--widths", "1.0")
     assert "data.name=random" in text and "3 channels" in text and "takes 1" in text
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        ("0.5,layer9=0.25", "--width: the plan names 'layer9', which has no sliced layer; the nearest name is"),
+        ("1.0,0.5", "--width: expected one width, or a plan such as 0.5,layer3=0.25, got '1.0,0.5'"),
+        ("0.5,=0.25", "--width: expected one width"),
+        ("2", "--width: width: expected a number in (0, 1]"),
+    ],
+)
+def test_a_wrong_width_is_said_before_anything_else(
+    trained: Path, width: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in (["export"], ["detect", "--coco-root", "nowhere"]):
+        assert message in fails(capsys, monkeypatch, *command, trained, "--width", width)
+
+
+def test_a_plan_may_leave_the_rest_at_full_width(trained: Path, tmp_path: Path) -> None:
+    assert "32 features" in run("export", trained, "--width", "layer1=0.5,conv1=0.5", "--out", tmp_path / "a.pt2")
 
 
 def test_profile_is_the_table_of_the_paper(tmp_path: Path) -> None:

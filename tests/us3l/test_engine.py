@@ -370,7 +370,7 @@ def test_model_and_data_must_agree_in_channels() -> None:
 
 def test_devices_that_are_not_there() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
-    for name in ("warp", "cuda:99"):
+    for name in ("warp", "cuda:99", "meta"):
         with pytest.raises(ConfigError, match=f"train.device: cannot use '{name}'"):
             resolve_device(name)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from us3l.errors import TrainingError
+from us3l.errors import DataError, TrainingError
 from us3l.evaluation import (
     CIFAR_PROTOCOL,
     IMAGENET_PROTOCOL,
@@ -128,6 +128,12 @@ def test_sgd_probe_learns_and_leaves_the_backbone_alone(protocol: SGDProtocol) -
     assert losses[-1][1] < 0.5 * losses[0][1]
     assert model.mix.weight.grad is None and model.mix.weight.equal(torch.eye(6))
     assert model.training
+
+
+def test_one_class_is_refused() -> None:
+    x, y = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(DataError, match=r"all training images \(4\) are of one class"):
+        linear_probe(x, y, x, y)
 
 
 def test_sgd_probe_says_when_it_diverges() -> None:

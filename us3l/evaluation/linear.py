@@ -19,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from us3l.errors import TrainingError
+from us3l.errors import DataError, TrainingError
 from us3l.evaluation.features import backbone, device_of, features
 from us3l_kernels.width import Width, use_width, width_key
 
@@ -44,7 +44,12 @@ def linear_probe(
     Args:
         train_features: [n, d]. train_labels: [n], int64. test_features: [m, d]. test_labels: [m], int64.
         l2: weight of the penalty, > 0. iterations: at most so many L-BFGS steps.
+
+    Raises:
+        DataError: all training images are of one class.
     """
+    if len(train_labels.unique()) < 2:
+        raise DataError(f"linear evaluation: all training images ({len(train_labels)}) are of one class, expected more")
     mean, deviation = train_features.mean(dim=0), train_features.std(dim=0) + 1e-6
     train = ((train_features - mean) / deviation).cpu().double().numpy()
     test = ((test_features - mean) / deviation).cpu().double().numpy()
