@@ -190,6 +190,7 @@ def test_what_a_checkpoint_cannot_do_is_said(
         ("0.5,layer9=0.25", "--width: the plan names 'layer9', which has no sliced layer; the nearest name is"),
         ("1.0,0.5", "--width: expected one width, or a plan such as 0.5,layer3=0.25, got '1.0,0.5'"),
         ("0.5,=0.25", "--width: expected one width"),
+        ("half", "--width: expected one width"),
         ("2", "--width: width: expected a number in (0, 1]"),
     ],
 )

@@ -237,13 +237,4 @@ def test_a_calibrated_checkpoint_needs_no_data(trained: Path, tmp_path: Path, mo
     run("export", tmp_path, "--format", "safetensors")
 
 
-@pytest.mark.parametrize(
-    ("width", "message"),
-    [("half", "--width: expected a width or a plan"), ("1.5", "--width: "), ("0.5,layer9=0.5", "'layer9'")],
-)
-def test_a_wrong_width_is_said(trained: Path, width: str, message: str) -> None:
-    with pytest.raises(cli.ConfigError) as caught:
-        run("export", trained, "--width", width)
-    assert message in str(caught.value)
-
 
