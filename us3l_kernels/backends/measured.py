@@ -281,4 +281,5 @@ def look_up(call: Call, x_gradient: bool, weight_gradient: bool) -> tuple[str, s
     threads = torch.get_num_threads() if device == "cpu" else 0
     if _observer is not None:
         _observer(call, threads, x_gradient, weight_gradient)
-    return table(device).choice(call, threads, x_gradient or weight_gradient)
+    choice = table(device).choice(call, threads, x_gradient or weight_gradient)
+    return None if choice is None else (choice.backend, choice.reason)  # no named tuple: torch 2.11 compiles none
