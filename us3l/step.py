@@ -204,8 +204,9 @@ class TrainStep:
 
         The gradient is that of all processes, so that all decide alike. This is where the host waits for the device.
         """
-        largest = torch.linalg.vector_norm(self.gradients.flat, torch.inf)
-        infinite = {width: loss.item() for width, loss in losses.items()} if not largest.isfinite() else {}
+        # NaN is both. One vectorised pass over memory: the maximum norm of torch takes ten times as long on a CPU.
+        extremes = torch.stack(torch.aminmax(self.gradients.flat))
+        infinite = {width: loss.item() for width, loss in losses.items()} if not extremes.isfinite().all() else {}
         if infinite and self.scaler.is_enabled():
             # The scaler leaves out what overflows and tries a smaller scale; with an infinite loss, none would do.
             wrong = not all(math.isfinite(loss) for loss in infinite.values())

@@ -12,11 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import us3l_kernels.library  # noqa: F401  registers torch.ops.us3l
+from us3l_kernels import library
 from us3l_kernels.backends import choose
 
 ACTIVATIONS = (None, "relu", "relu6")
-ops = torch.ops.us3l
 
 
 def _pair(name: str, value: int | tuple[int, int] | list[int], least: int) -> list[int]:
@@ -132,7 +131,7 @@ def conv2d(
                 f"of {weight.size(2 + d)} with dilation {dilated}, got {x.size(2 + d)}"
             )
     chosen = choose("conv2d", x, weight, out_channels=out_channels, groups=groups, **geometry)
-    return ops.conv2d(x, weight, bias, out_channels, *geometry.values(), groups, chosen)
+    return library.conv2d(x, weight, bias, out_channels, *geometry.values(), groups, chosen)
 
 
 def linear(
@@ -159,7 +158,7 @@ def linear(
     x, weight, bias = _autocast(x, weight, bias)
     _check_parameters("linear", x, weight, bias)
     chosen = choose("linear", x, weight, out_features=out_features, in_features=in_features)
-    return ops.linear(x, weight, bias, out_features, in_features, chosen)
+    return library.linear(x, weight, bias, out_features, in_features, chosen)
 
 
 def _check_vectors(op: str, x: Tensor, channels: int, **vectors: Tensor | None) -> None:
@@ -244,7 +243,7 @@ def batch_norm(
         activation=activation,
         residual=residual is not None,
     )
-    return ops.batch_norm(
+    return library.batch_norm(
         x,
         weight,
         bias,
@@ -272,4 +271,4 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: fl
     if autocast_dtype(x) is not None and x.device.type != "cpu":
         x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))  # type: ignore[assignment]
     _check_vectors("layer_norm", x, x.size(-1), weight=weight, bias=bias)
-    return ops.layer_norm(x, weight, bias, eps, choose("layer_norm", x, weight))[0]
+    return library.layer_norm(x, weight, bias, eps, choose("layer_norm", x, weight))[0]

@@ -5,6 +5,9 @@ Every operation is one forward operator and one backward operator; the backend i
 gradients into the prefixes of the full-size tensors it is given: fresh zeros in the ordinary case, the attached buffer
 when gradients are accumulated in place (`us3l_kernels.gradients`). That is the whole difference between the two.
 
+`conv2d`, `linear`, `batch_norm` and `layer_norm` below call the operators; where no tracer, no mode and no subclass of
+Tensor could see the difference, they call the kernels without PyTorch's dispatcher.
+
 Outputs have defined strides: channels_last if x or the weight is, contiguous otherwise. Gradients of x have the
 strides of x made dense. Differentiating twice raises.
 """
@@ -15,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from us3l_kernels.backends import BACKENDS
 from us3l_kernels.gradients import slot_of
@@ -207,6 +210,21 @@ def _fake_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, gw: Any, gb: 
     return _fake_gradient_of(x, need)
 
 
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "conv2d": (_conv2d, _conv2d_fake),
+    "conv2d_backward": (_conv2d_backward, _fake_conv2d_backward),
+    "linear": (_linear, _linear_fake),
+    "linear_backward": (_linear_backward, _fake_plain_backward),
+    "batch_norm": (_batch_norm, _batch_norm_fake),
+    "batch_norm_backward": (_batch_norm_backward, _batch_norm_backward_fake),
+    "layer_norm": (_layer_norm, _layer_norm_fake),
+    "layer_norm_backward": (_layer_norm_backward, _fake_plain_backward),
+}
+for _name, (_kernel, _fake) in _KERNELS.items():
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"us3l::{_name}", _fake, lib=LIBRARY)
+
+
 # ---------------------------------------------------------------------------------------------- autograd
 
 
@@ -215,10 +233,10 @@ def first_derivative_only(name: str) -> Callable[[Callable[..., Any]], Callable[
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         def checked(ctx: Any, *grads: Tensor | None) -> Any:
+            if not torch.is_grad_enabled():  # it is under create_graph=True
+                return backward(ctx, *grads)
             with torch.no_grad():
                 outputs = backward(ctx, *grads)
-            if not torch.is_grad_enabled():  # not under create_graph=True
-                return outputs
             message = f"us3l::{name} has first derivatives only: its backward cannot be differentiated again"
             error = torch._C._functions.DelayedError(message.encode(), len(outputs))
             # Fresh leaves, because the error must be in the history whatever the gradients depended on.
@@ -247,19 +265,48 @@ class GradientDestinations:
             self.returned.append(returned)
 
 
+def _plain(args: Sequence[Any]) -> bool:
+    """Whether nobody but autograd has a say in a call: the dispatcher is then two detours through C++ for nothing,
+    which take longer than the kernels of small layers.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and (args[0].is_cpu or args[0].is_cuda)
+        and all(t is None or type(t) in (Tensor, nn.Parameter) for t in args[:3])
+    )
+
+
+def _below_autograd(name: str) -> Callable[..., Any]:
+    """The operator, or its kernel."""
+    op, kernel = getattr(ops, name).default, _KERNELS[name][0]
+
+    def call(*args: Any) -> Any:
+        if _plain(args):
+            return kernel(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+below_autograd = {name: _below_autograd(name) for name in _KERNELS}
+
+
 def _forward(ctx: Any, op: Callable[..., Any], tensors: Sequence[Tensor | None], args: Sequence[Any]) -> Any:
     """Run the operator below autograd and remember what the backward needs."""
     for t in tensors[1:3]:
         if t is not None and (slot := slot_of(t)) is not None:
             slot.refuse_ddp()
     ctx.args = args
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*tensors, *args)
+    return op(*tensors, *args)
 
 
 def _product(name: str) -> type[torch.autograd.Function]:
     """The Function of a convolution or a matrix product: both are linear in x and in the weight."""
-    forward_op, backward_op = getattr(ops, name).default, getattr(ops, f"{name}_backward").default
+    forward_op, backward_op = below_autograd[name], below_autograd[f"{name}_backward"]
 
     class Product(torch.autograd.Function):
         @staticmethod
@@ -293,7 +340,7 @@ class _BatchNorm(torch.autograd.Function):
         *args: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = (x, weight, bias, running_mean, running_var, residual)
-        y, mean, rstd = _forward(ctx, ops.batch_norm.default, tensors, args)
+        y, mean, rstd = _forward(ctx, below_autograd["batch_norm"], tensors, args)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         training, _, _, _, activation, _ = args
@@ -311,7 +358,7 @@ class _BatchNorm(torch.autograd.Function):
         training, _, _, views, activation, backend = ctx.args
         parameters = GradientDestinations(ctx, {1: weight, 2: bias})
         need_grad_x, need_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-        dx, dresidual = ops.batch_norm_backward(
+        dx, dresidual = below_autograd["batch_norm_backward"](
             grad,
             x,
             x if y is None else y,
@@ -344,7 +391,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, rstd = _forward(ctx, ops.layer_norm.default, (x, weight, bias), args)
+        y, mean, rstd = _forward(ctx, below_autograd["layer_norm"], (x, weight, bias), args)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -358,37 +405,26 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         parameters = GradientDestinations(ctx, {1: weight, 2: bias})
         need_grad_x = ctx.needs_input_grad[0]
-        dx = ops.layer_norm_backward(grad, x, weight, mean, rstd, *parameters.into, need_grad_x, ctx.args[-1])
+        dx = below_autograd["layer_norm_backward"](
+            grad, x, weight, mean, rstd, *parameters.into, need_grad_x, ctx.args[-1]
+        )
         return (dx if need_grad_x else None, *parameters.returned, *[None] * len(ctx.args))
 
 
-def _autograd(function: type[torch.autograd.Function], op: Callable[..., Any], tensors: int) -> Callable[..., Any]:
-    """The kernel above the operator: the Function if anything needs a gradient, else the operator at once."""
+def _operation(name: str, function: type[torch.autograd.Function], tensors: int) -> Callable[..., Any]:
+    """The operation for everybody to call, registered above the operator: the Function if anything needs a gradient."""
+    op, below = getattr(ops, name).default, below_autograd[name]
 
-    def kernel(*args: Any) -> Any:
+    def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensors]):
             return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        return below(*args)
 
-    return kernel
+    LIBRARY.impl(name, autograd, "Autograd")
+    return lambda *args: (autograd if _plain(args) else op)(*args)
 
 
-_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "conv2d": (_conv2d, _conv2d_fake),
-    "conv2d_backward": (_conv2d_backward, _fake_conv2d_backward),
-    "linear": (_linear, _linear_fake),
-    "linear_backward": (_linear_backward, _fake_plain_backward),
-    "batch_norm": (_batch_norm, _batch_norm_fake),
-    "batch_norm_backward": (_batch_norm_backward, _batch_norm_backward_fake),
-    "layer_norm": (_layer_norm, _layer_norm_fake),
-    "layer_norm_backward": (_layer_norm_backward, _fake_plain_backward),
-}
-for _name, (_kernel, _fake) in _KERNELS.items():
-    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"us3l::{_name}", _fake, lib=LIBRARY)
-
-for _name in ("conv2d", "linear"):
-    LIBRARY.impl(_name, _autograd(_product(_name), getattr(ops, _name).default, 3), "Autograd")
-LIBRARY.impl("batch_norm", _autograd(_BatchNorm, ops.batch_norm.default, 6), "Autograd")
-LIBRARY.impl("layer_norm", _autograd(_LayerNorm, ops.layer_norm.default, 3), "Autograd")
+conv2d = _operation("conv2d", _product("conv2d"), 3)
+linear = _operation("linear", _product("linear"), 3)
+batch_norm = _operation("batch_norm", _BatchNorm, 6)
+layer_norm = _operation("layer_norm", _LayerNorm, 3)

@@ -2,7 +2,8 @@
 //
 // Many rows of x are the pixels of one image and go through a 1x1 convolution. With few rows the weight is most of what is
 // read, and a packed copy of it would cost as much as the product: forward, y' = W x' takes the weight as it lies for the
-// left side, and x is packed; for the gradient of x the weight is copied block by block, each just before its use.
+// left side, and x is packed; the gradient of x takes it as it lies for the right side, or copies it block by block, each
+// just before its use, where its columns do not end with half a panel.
 
 #include <algorithm>
 #include <optional>
@@ -67,6 +68,11 @@ void input_gradient(const RowMajor<const float>& dy, const Weight<const float>& 
       const Scratch output(Scratch::kOutput, whole ? 0 : dx.rows * panels * gemm.lanes);
       float* const c = whole ? dx.data + first : output.data();
       const int64_t c_row = whole ? dx.row : panels * gemm.lanes;
+      if (whole && w.in_distance == 1) {
+        gemm.multiply(dy.rows, columns, w.out, {dy.data, dy.row, 1}, {w.data + first, gemm.lanes, w.out_distance}, c,
+                      c_row, false);
+        return;
+      }
       for_parts({0, w.out}, (w.out + kDepth - 1) / kDepth, [&](Range k) {
         const int64_t depth = k.end - k.begin, panel = depth * gemm.lanes;
         gemm.pack(depth, columns,
