@@ -37,22 +37,27 @@ void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64
   const float* base[kBases];
   US3L_UNROLL
   for (int i = 0; i < kBases; ++i) base[i] = a.data + 3 * i * a.row;
-  for (std::int64_t k = 0; k < depth; ++k) {
-    Vector right[N];
-    Last last_right;
-    US3L_UNROLL
-    for (int n = 0; n < kWhole; ++n) right[n] = load<LANES>(b.data + n * b.panel);
-    if constexpr (kHalf) last_right = load<kLast>(b.data + kWhole * b.panel);
-    b.data += b.row;
-    US3L_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const float left = base[r / 3][r % 3 * a.row];
+  const std::int64_t run = a.run > 0 ? a.run : depth, jump = a.next - run * a.column;
+  for (std::int64_t runs = depth; runs > 0; runs -= run) {
+    for (std::int64_t k = 0; k < run; ++k) {
+      Vector right[N];
+      Last last_right;
       US3L_UNROLL
-      for (int n = 0; n < kWhole; ++n) sum[r][n] = US3L_MULTIPLY_ADD(sum[r][n], left, right[n]);
-      if constexpr (kHalf) last_sum[r] = US3L_MULTIPLY_ADD(last_sum[r], left, last_right);
+      for (int n = 0; n < kWhole; ++n) right[n] = load<LANES>(b.data + n * b.panel);
+      if constexpr (kHalf) last_right = load<kLast>(b.data + kWhole * b.panel);
+      b.data += b.row;
+      US3L_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const float left = base[r / 3][r % 3 * a.row];
+        US3L_UNROLL
+        for (int n = 0; n < kWhole; ++n) sum[r][n] = US3L_MULTIPLY_ADD(sum[r][n], left, right[n]);
+        if constexpr (kHalf) last_sum[r] = US3L_MULTIPLY_ADD(last_sum[r], left, last_right);
+      }
+      US3L_UNROLL
+      for (int i = 0; i < kBases; ++i) base[i] += a.column;
     }
     US3L_UNROLL
-    for (int i = 0; i < kBases; ++i) base[i] += a.column;
+    for (int i = 0; i < kBases; ++i) base[i] += jump;
   }
   US3L_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -107,8 +112,10 @@ void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matri
   constexpr std::int64_t kHalfPanel = LANES / 2;
   const std::int64_t halves = (columns + kHalfPanel - 1) / kHalfPanel, panels = (halves + 1) / 2;
   const std::int64_t bands = (panels + kMaxPanels - 1) / kMaxPanels, cuts = (depth + kMaxDepth - 1) / kMaxDepth;
+  const std::int64_t run = a.run > 0 ? a.run : 1, next = a.run > 0 ? a.next : a.column;
   for (std::int64_t cut = 0; cut < cuts; ++cut) {
-    const std::int64_t k = depth * cut / cuts, length = depth * (cut + 1) / cuts - k;
+    const std::int64_t first = depth / run * cut / cuts, last = depth / run * (cut + 1) / cuts;
+    const std::int64_t k = first * run, length = last * run - k;
     for (std::int64_t i = 0; i < bands; ++i) {
       const std::int64_t p = panels * i / bands, width = panels * (i + 1) / bands - p;
       const Panels right{b.data + p * b.panel + k * b.row, b.panel, b.row};
@@ -117,7 +124,7 @@ void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matri
       const std::int64_t taller = rows - height * blocks;
       const auto of = i + 1 == bands && halves % 2 == 1 ? block_of<true> : block_of<false>;
       const MultiplyBlock block = of(height, width), taller_block = of(height + 1, width);
-      Matrix left{a.data + k * a.column, a.row, a.column};
+      Matrix left{a.data + first * next, a.row, a.column, a.run, a.next};
       float* to = c + p * LANES;
       for (std::int64_t j = 0; j < blocks; ++j) {
         const std::int64_t r = height + (j < taller);

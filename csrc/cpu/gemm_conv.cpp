@@ -324,6 +324,8 @@ std::vector<Reach> reach(int64_t taps, int64_t first, int64_t stride, int64_t pa
 template <class T>
 void convolve(const Images<const T>& x, const Weight<const float>& weight, const float* bias, const Geometry& g,
               const Images<T>& y) {
+  if constexpr (std::is_same_v<T, float>)
+    if (is_stem(x.channels, y.channels, weight.width, g)) return convolve_stem(x, weight, bias, g, y);
   const Gemm<T> gemm = kernels_of<T>();
   const WordWeight<T> words(gemm, weight, Summed::in);
   const Weight<const float>& w = words.weight;
@@ -416,6 +418,8 @@ void convolve_weight_gradient(const Images<const T>& x, const Images<const T>& d
     }
   }
   if (dw == nullptr) return;
+  if constexpr (std::is_same_v<T, float>)
+    if (is_stem(x.channels, out, dw->width, g)) return stem_weight_gradient(x, dy, g, *dw);
 
   const Samples samples{words_of(x), g.stride, dy.height, dy.width, all_taps(g, dw->height, dw->width, dw->row, dw->column)};
   const int64_t taps = samples.taps.size(), channels = x.channels;

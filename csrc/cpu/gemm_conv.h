@@ -43,4 +43,11 @@ template <class T>
 void convolve_weight_gradient(const Images<const T>& x, const Images<const T>& dy, const Geometry& geometry,
                               const Weight<float>* dw, double* db);
 
+// The same for images of few channels (stem_conv.cpp), which `convolve` and `convolve_weight_gradient` take where they can.
+bool is_stem(int64_t channels, int64_t out, int64_t kernel_width, const Geometry& geometry);
+void convolve_stem(const Images<const float>& x, const Weight<const float>& w, const float* bias,
+                   const Geometry& geometry, const Images<float>& y);
+void stem_weight_gradient(const Images<const float>& x, const Images<const float>& dy, const Geometry& geometry,
+                          const Weight<float>& dw);
+
 }  // namespace us3l

@@ -8,10 +8,11 @@
 
 namespace us3l {
 
-// a(i, k) = data[i * row + k * column]
+// a(i, k) = data[i * row + k * column]; or, where columns come in runs, data[i * row + k / run * next + k % run * column]
 struct Matrix {
   const float* data;
   std::int64_t row, column;
+  std::int64_t run = 0, next = 0;
 };
 
 // b(k, panel * lanes + j) = data[panel * panel_distance + k * row + j]
@@ -26,7 +27,7 @@ struct GemmKernels {
   bool whole_halves(std::int64_t columns) const { return columns % (lanes / 2) == 0; }
 
   // c(i, :) = or += sum over k < depth of a(i, k) b(k, :); `add` says which. Columns are computed, and must be there,
-  // up to a multiple of half a panel.
+  // up to a multiple of half a panel. The depth is one of whole runs.
   void (*multiply)(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matrix a, Panels b, float* c,
                    std::int64_t c_row, bool add);
 

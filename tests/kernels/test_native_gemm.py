@@ -174,6 +174,23 @@ def test_tails_of_half_a_vector(c: int, k: int, geometry: str, threads: int) -> 
     Case.random(3, c, k, (9, 11), **GEOMETRIES[geometry]).check()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("k", [8, 24, 64])
+@pytest.mark.parametrize("c, gap", [(1, 0), (2, 3), (3, 0), (3, 1), (4, 0)])
+@pytest.mark.parametrize("geometry", ["3x3", "7x7/2", "1x5", "asymmetric", "rows dilated", "gaps", "wide padding"])
+def test_images_of_few_channels(c: int, gap: int, k: int, geometry: str, threads: int) -> None:
+    """Their samples are read as runs of neighbouring pixels: whole ones, within the zeros around and across them."""
+    torch.set_num_threads(threads)
+    geometries = GEOMETRIES | {
+        "3x3": {"kernel": (3, 3), "padding": (1, 1)},
+        "asymmetric": {"kernel": (3, 2), "stride": (1, 3), "padding": (2, 0)},
+        "rows dilated": {"kernel": (3, 3), "stride": (2, 1), "padding": (3, 1), "dilation": (2, 1)},
+        "wide padding": {"kernel": (2, 2), "padding": (3, 4)},
+    }
+    Case.random(2, c, k, (9, 11), **geometries[geometry], gap=gap).check()
+    Case.random(1, c, k, (4, 150), **geometries[geometry], gap=gap, channels_last=False, bias=False).check()
+
+
 @pytest.mark.parametrize(
     "shape, geometry",
     [
@@ -225,8 +242,13 @@ def test_any_shape(data: st.DataObject) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize(
     "shape, geometry",
-    [((7, 24, 40, (16, 16)), "3x3/2"), ((1, 128, 272, (4, 4)), "3x3/2"), ((2, 300, 330, (5, 5)), "1x1")],
-    ids=["points", "channels", "tiles"],
+    [
+        ((7, 24, 40, (16, 16)), "3x3/2"),
+        ((1, 128, 272, (4, 4)), "3x3/2"),
+        ((2, 300, 330, (5, 5)), "1x1"),
+        ((5, 3, 16, (9, 9)), "3x3/2"),
+    ],
+    ids=["points", "channels", "tiles", "few channels"],
 )
 def test_threads(shape: tuple[Any, ...], geometry: str, threads: int) -> None:
     """Right with any number of threads, and the same bits each time."""
@@ -240,23 +262,23 @@ def test_threads(shape: tuple[Any, ...], geometry: str, threads: int) -> None:
 
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
-@pytest.mark.parametrize("geometry", ["3x3/2", "1x1"])
-def test_adds_to_the_slice_and_writes_nothing_else(geometry: str, channels_last: bool) -> None:
-    case = Case.random(3, 20, 36, (7, 6), **GEOMETRIES[geometry], channels_last=channels_last)
+@pytest.mark.parametrize("c, k, geometry", [(20, 36, "3x3/2"), (20, 36, "1x1"), (3, 40, "3x3/2")])
+def test_adds_to_the_slice_and_writes_nothing_else(c: int, k: int, geometry: str, channels_last: bool) -> None:
+    case = Case.random(3, c, k, (7, 6), **GEOMETRIES[geometry], channels_last=channels_last)
     grad = images(*case.forward().shape)
     inputs = [case.x, case.weight, case.bias, grad]
     before = [t.clone() for t in inputs if t is not None]
     dx, fresh, fresh_bias = case.backward(grad)
-    gw, gb = torch.full_like(case.weight, CANARY), torch.full((38,), CANARY)
+    gw, gb = torch.full_like(case.weight, CANARY), torch.full((k + 2,), CANARY)
     native.conv2d_backward(grad, case.x, case.weight, gw, None, False, *case.arguments)
     untouched = gw.clone()
     alone = native.conv2d_backward(grad, case.x, case.weight, None, gb, True, *case.arguments)
     assert torch.equal(alone, dx) and torch.equal(gw, untouched)
     torch.testing.assert_close(gw - CANARY, fresh, rtol=0, atol=1e-5)
     torch.testing.assert_close(gb - CANARY, fresh_bias, rtol=0, atol=1e-5)
-    gw[:36, :20] = CANARY
-    gb[36:] -= CANARY
-    assert torch.equal(gw, torch.full_like(gw, CANARY)) and not gb[36:].any()
+    gw[:k, :c] = CANARY
+    gb[k:] -= CANARY
+    assert torch.equal(gw, torch.full_like(gw, CANARY)) and not gb[k:].any()
     for old, new in zip(before, [t for t in inputs if t is not None], strict=True):
         torch.testing.assert_close(old, new, rtol=0, atol=0, equal_nan=True)
 
@@ -326,7 +348,8 @@ def test_nothing_to_compute() -> None:
     [
         (images(2, 64, 32, 32), 3, 1, "native"),
         (images(2, 64, 32, 32), 1, 1, "native"),
-        (images(2, 3, 32, 32), 3, 1, "aten"),  # few channels
+        (images(2, 3, 32, 32), 3, 1, "native"),  # runs of few channels
+        (images(2, 6, 32, 32), 3, 1, "aten"),
         (images(2, 8, 32, 32), 1, 1, "native"),  # half a vector of them
         (images(2, 12, 32, 32), 1, 1, "aten"),
         (images(2, 64, 8, 8), 3, 16, "aten"),  # four to a group

@@ -103,6 +103,17 @@ def _why_slower_pairs(x: Tensor, weight: Tensor, out_channels: int, stride: Sequ
     return None
 
 
+def _reads_runs(
+    x: Tensor, weight: Tensor, out_channels: int, dilation: Sequence[int], groups: int, **_: Any
+) -> bool:
+    """Whether the samples of neighbouring taps, and what they give, are runs that are read and written as they lie."""
+    if groups > 1 or out_channels % 8:
+        return False
+    if weight.shape[2:] == (1, 1):
+        return x.size(1) % 8 == 0
+    return x.size(1) <= 4 and weight.size(3) > 1 and dilation[1] == 1  # csrc/cpu/stem_conv.cpp
+
+
 def _why_slower_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry: Any) -> str | None:
     if _CAPABILITY != "AVX512":
         return f"its convolution was measured with AVX-512 only, this CPU has {_CAPABILITY}"
@@ -116,11 +127,11 @@ def _why_slower_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry:
             )
     if algorithm == "product":
         groups = channels // weight.size(1) if geometry["groups"] > 1 else 1
-        halves = weight.shape[2:] == (1, 1) and geometry["groups"] == 1 and channels % 8 == out_channels % 8 == 0
-        if min(channels, out_channels) < 16 * groups and not halves:
+        if min(channels, out_channels) < 16 * groups and not _reads_runs(x, weight, out_channels, **geometry):
             return (
-                "a matrix product with fewer than 16 channels in a group ran at 0.7 to 1.0x ATen, unless 1x1 with "
-                f"multiples of 8, there are {channels // groups} to {out_channels // groups}"
+                "a matrix product with fewer than 16 channels in a group ran at 0.7 to 1.0x ATen, unless 1x1 or of "
+                "images with up to 4, to multiples of 8; there are "
+                f"{channels // groups} to {out_channels // groups}"
             )
         if x.dtype == torch.bfloat16:
             return _why_slower_pairs(x, weight, out_channels, geometry["stride"], geometry["groups"])
