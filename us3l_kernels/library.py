@@ -60,7 +60,7 @@ def is_channels_last(t: Tensor) -> bool:
 def _dense(t: Tensor, channels_last: bool) -> Tensor:
     """`t` with exactly the strides of a fresh dense tensor of that format; no copy if it has them."""
     t = t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    if all(n > 1 for n in t.shape):
+    if 1 not in t.shape:
         return t
     wanted = _empty(t, t.shape, channels_last, device="meta").stride()
     if t.stride() == wanted:
