@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from benchmarks import (
@@ -28,6 +30,7 @@ from benchmarks import (
 from benchmarks import widths as random_widths
 from benchmarks.rivals import MODELS, Settings
 from benchmarks.roofline import Machine
+from us3l.errors import US3LError
 from us3l.models import MODELS as ALL_MODELS
 from us3l.models.vit import SLICINGS
 
@@ -227,18 +230,20 @@ def scaling_command(
     threads: Threads = 2,
     device: Device = "cpu",
     json: Json = None,
-    plot: Annotated[Path | None, typer.Option(help="Where to plot to, e.g. as .svg or .png.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to plot to, as .svg or .png.")] = None,
 ) -> None:
     """The time of a step against width, batch and image size, beside its operations."""
     settings = _settings(model, size, stem, "1.0", dtype, device, threads)
+    if plot is not None:
+        _one_of("--plot", plot.suffix, (".svg", ".png"))
     with console.status("") as status:
         result = scaling.measure(
             settings,
             size=size,
             batch=batch,
-            widths=_numbers("--widths", widths, float),
-            batches=_numbers("--batches", batches, int),
-            sizes=_numbers("--sizes", sizes, int),
+            widths=_numbers("--widths", widths, float, least=0.01, most=1.0),
+            batches=_numbers("--batches", batches, int, least=2),
+            sizes=_numbers("--sizes", sizes, int, least=8),
             rounds=rounds,
             progress=status.update,
         )
@@ -270,7 +275,7 @@ def inference_command(
         result = inference.measure(
             settings,
             size=size,
-            batches=_numbers("--batches", batches, int),
+            batches=_numbers("--batches", batches, int, least=1),
             rounds=rounds,
             progress=status.update,
         )
@@ -333,12 +338,15 @@ def data_command(
 ) -> None:
     """Images per second of every way to load them (files, shards, memory), beside what a training step consumes."""
     settings = _settings(model, size, stem, widths, dtype, device, threads)
+    if images < 2 * batch:
+        message = f"expected two batches of --batch {batch} at least, got {images}"
+        raise typer.BadParameter(message, param_hint="--images")
     with console.status("") as status:
         result = data.measure(
             settings,
             size=size,
             batch=batch,
-            workers=_numbers("--workers", workers, int),
+            workers=_numbers("--workers", workers, int, least=0),
             images=images,
             seconds=seconds,
             progress=status.update,
@@ -424,7 +432,11 @@ def table_command() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `arguments` (default: the command line's) as `step ...` or `ops ...`."""
-    app(arguments, prog_name="us3l bench")
+    try:
+        app(arguments, prog_name="us3l bench")
+    except (US3LError, harness.Mismatch) as error:
+        console.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2 if isinstance(error, US3LError) else 1)
 
 
 def _settings(model: str, size: int, stem: str, widths: str, dtype: str, device: str, threads: int) -> Settings:
@@ -435,13 +447,19 @@ def _settings(model: str, size: int, stem: str, widths: str, dtype: str, device:
         stem=_stem(stem, size),
         widths=_widths(widths),
         dtype=DTYPES[_one_of("--dtype", dtype, tuple(DTYPES))],
-        device=torch.device(_one_of("--device", device, ("cpu", "cuda"))),
+        device=_device(device),
     )
 
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         harness.write_json(path, result)
+
+
+def _device(name: str) -> torch.device:
+    if _one_of("--device", name, ("cpu", "cuda")) == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no GPU here (`us3l doctor` says why)", param_hint="--device")
+    return torch.device(name)
 
 
 def _stem(stem: str, size: int) -> str:
@@ -451,17 +469,24 @@ def _stem(stem: str, size: int) -> str:
 
 
 def _widths(text: str) -> tuple[float, ...]:
-    values = tuple(_numbers("--widths", text, float))
-    if values[0] != 1.0 or any(not 0 < width < 1 for width in values[1:]) or len(set(values)) < len(values):
+    values = tuple(_numbers("--widths", text, float, least=0.01, most=1.0))
+    if values[0] != 1.0:
         raise typer.BadParameter(f"expected 1.0, then different widths below it, got {text}", param_hint="--widths")
     return values
 
 
-def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+def _numbers(
+    option: str, text: str, kind: Callable[[str], Number], *, least: float, most: float = math.inf
+) -> list[Number]:
+    """"1,0.5" as numbers of that kind, all different and from `least` to `most`."""
     try:
-        return [kind(part) for part in text.split(",")]
+        values = [kind(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"expected numbers between commas, got {text!r}", param_hint=option) from None
+    if not all(least <= value <= most for value in values) or len(set(values)) < len(values):
+        bounds = f"of {least:g} and more" if most == math.inf else f"from {least:g} to {most:g}"
+        raise typer.BadParameter(f"expected different numbers {bounds}, got {text!r}", param_hint=option)
+    return values
 
 
 def _several(option: str, text: str, choices: tuple[str, ...]) -> list[str]:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import Mismatch, interleave, report, summarise, synchroniser
 from benchmarks.rivals import VIEWS, BatchNorm1d, BatchNorm2d, Conv2d, Linear, Norm, Settings, Student, geometry
+from us3l.errors import ConfigError
 from us3l_kernels import gradients, views
 from us3l_kernels.nn import SlicedBatchNorm1d, SlicedBatchNorm2d, SlicedConv2d, SlicedLinear
 
@@ -227,12 +228,12 @@ def measure(
     """Times, ratios, errors, backend and attained rate of every case and direction whose case has `only` in its name.
 
     By kind and direction: the geometric means of the ratios, and the least of them. `rounds`: at most, `seconds`: about
-    how long each row is measured at most. Raises ValueError if no case has `only` in its name.
+    how long each row is measured at most. Raises ConfigError if no case has `only` in its name.
     """
     found = [case for case in cases(settings, size) if only in case.name]
     if not found:
         names = ", ".join(dict.fromkeys(case.name for case in cases(settings, size)))
-        raise ValueError(f"only: no layer has {only!r} in its name; there are {names}")
+        raise ConfigError(f"only: no layer has {only!r} in its name; there are {names}")
     rows: list[dict[str, Any]] = []
     for number, case in enumerate(found, start=1):
         for direction in case.directions:

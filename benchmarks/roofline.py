@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rivals import VIEWS
+from us3l.errors import ConfigError
 from us3l.models import VITS, build_model
 from us3l.models.vit import MLP, Attention, Block
 from us3l_kernels.nn import SlicedBatchNorm2d, SlicedConv2d, SlicedLayerNorm, SlicedLinear
@@ -449,10 +450,13 @@ def measure(
     """The model's time of a step in every way of `WAYS`: `rows` by letter, ms; and `parts`, the GPU's ms by part.
 
     `batch`: images per view; `widths`: the full one first, which the teacher has too. `slicing`: of a ViT, "input" as
-    published; it has no batch norms, and so no way D.
+    published; it has no batch norms, and so no way D. Raises ConfigError for a size that the model does not take.
     """
-    with torch.device("meta"):
-        network = build_model(model, stem=stem, slicing=slicing, image_size=size).train()
+    try:
+        with torch.device("meta"):
+            network = build_model(model, stem=stem, slicing=slicing, image_size=size).train()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     found = {width: layers(network, size, width) for width in widths}
     sizes = [parameter.numel() for parameter in network.parameters()]
     passes = [*((found[width], True) for width in widths), (found[widths[0]], False)]

@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from benchmarks import ops, rivals, step
-from benchmarks.cli import app
+from benchmarks.cli import app, main
 from benchmarks.harness import Mismatch, relative_error
 from benchmarks.rivals import Eager, Published, Settings, Standalone, Student, initial_weights
+from us3l.errors import ConfigError
 
 TINY = Settings(model="resnet_tiny", hidden_dim=32, dim=16, dtype=torch.float64, weight_decay=0.1)
 
@@ -209,7 +210,7 @@ def test_operations_of_some_layers_alone():
     # 16 x 32 filters of 3x3 for 4 images of 4x4 pixels, a multiplication and an addition each
     operations = 2 * 16 * 32 * 9 * 4 * 4 * 4
     assert row["dX"]["gflops"]["us3l"] == pytest.approx(operations / row["dX"]["median_ms"]["us3l"] / 1e6)
-    with pytest.raises(ValueError, match="only: no layer has 'conv 9x9' in its name; there are stem conv 3x3/1 3->16"):
+    with pytest.raises(ConfigError, match="only: no layer has 'conv 9x9' in its name; there are stem conv 3x3/1 3->16"):
         ops.measure(settings, size=8, batch=4, rounds=1, seconds=1, only="conv 9x9")
 
 
@@ -222,20 +223,50 @@ def test_an_operation_that_is_wrong_is_not_timed(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--widths", "0.5,1.0"], "1.0, then different widths below it"),
-        (["--widths", "1.0,x"], "numbers between commas"),
-        (["--rivals", "fastest"], "compile_graphs, standalone, eager_bf16, got 'fastest'"),
-        (["--dtype", "fp8"], "expected one of fp32, bf16"),
-        (["--step", "twice"], "expected one of joint, per_width"),
-        (["--rivals", "eager_bf16", "--dtype", "bf16"], "under --dtype bf16 it is eager"),
+        (["step", "--widths", "0.5,1.0"], "1.0, then different widths below it"),
+        (["step", "--widths", "1.0,x"], "numbers between commas"),
+        (["step", "--widths", "1.0,0.5,0.5"], "expected different numbers from 0.01 to 1"),
+        (["step", "--rivals", "fastest"], "compile_graphs, standalone, eager_bf16, got 'fastest'"),
+        (["step", "--dtype", "fp8"], "expected one of fp32, bf16"),
+        (["step", "--step", "twice"], "expected one of joint, per_width"),
+        (["step", "--rivals", "eager_bf16", "--dtype", "bf16"], "under --dtype bf16 it is eager"),
+        (["scaling", "--widths", "2"], "expected different numbers from 0.01 to 1, got '2'"),
+        (["scaling", "--widths", "nan"], "expected different numbers from 0.01 to 1, got 'nan'"),
+        (["scaling", "--batches", "1"], "expected different numbers of 2 and more, got '1'"),
+        (["scaling", "--sizes", "32,0"], "expected different numbers of 8 and more, got '32,0'"),
+        (["scaling", "--plot", "plot.txt"], "expected one of .svg, .png, got '.txt'"),
+        (["inference", "--batches", "4,0"], "expected different numbers of 1 and more, got '4,0'"),
+        (["data", "--workers", "-1"], "expected different numbers of 0 and more, got '-1'"),
+        (["data", "--images", "63"], "expected two batches of --batch 32 at least, got 63"),
     ],
 )
 def test_command_line_names_the_wrong_option(arguments, message, monkeypatch):
     monkeypatch.setattr("benchmarks.harness.fix_allocator", lambda: None)
-    run = CliRunner().invoke(app, ["step", *arguments], terminal_width=400)
+    run = CliRunner().invoke(app, arguments, terminal_width=400)
     assert run.exit_code == 2
-    assert arguments[0] in run.output
+    assert arguments[1] in run.output
     assert message in " ".join(run.output.replace("│", " ").split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_command_line_says_that_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr("benchmarks.harness.fix_allocator", lambda: None)
+    run = CliRunner().invoke(app, ["step", "--device", "cuda"], terminal_width=400)
+    assert run.exit_code == 2 and "--device" in run.output and "torch finds no GPU here" in run.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["roofline", "--model", "vit_tiny", "--input", "30"], "Error: patch_size must divide image_size=30, got 16"),
+        (["ops", "--model", "resnet_tiny", "--only", "conv 9x9"], "Error: only: no layer has 'conv 9x9' in its name"),
+    ],
+)
+def test_errors_found_while_measuring_are_messages(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.harness.fix_allocator", lambda: None)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
