@@ -133,28 +133,29 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
 // teacher = momentum * teacher + (1 - momentum) * student; a teacher equal to its student stays exactly that.
 void ema_(Tensors teachers, Tensors students, double momentum);
 
-// The body of a residual block with two 3x3 convolutions (He et al., 2016), in training:
-//   c1 = conv1(x), c2 = conv2(relu(norm1(c1))), y = relu(norm2(c2) + residual)
-//
-// x [N, c, H, W], float32 or bfloat16, channels innermost. Without weight1 there is no conv1: x is c1, and an empty tensor
-// is returned for it. Without a residual that is x. weight1, weight2 as in conv2d_3x3, with `filters1`, `filters2`; of
-// them channels1 and channels2 output channels are active. Norms: float32 vectors or none; their statistics are those of
-// each of the `views` parts of the batch. Returns y, c1, c2, and mean and rstd [views, channels] of both norms.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> basic_block(
-    const Tensor& x, std::optional<Tensor> weight1, std::optional<Tensor> filters1, std::optional<Tensor> norm1_weight,
-    std::optional<Tensor> norm1_bias, const Tensor& weight2, std::optional<Tensor> filters2,
-    std::optional<Tensor> norm2_weight, std::optional<Tensor> norm2_bias, std::optional<Tensor> residual,
-    std::int64_t channels1, std::int64_t channels2, double eps1, double eps2, std::int64_t views);
+// How conv_chain computes a convolution.
+enum Algorithm : std::int64_t { kProduct = 0, kWinograd = 1, kWinogradStride2 = 2, kDepthwise = 3 };
 
-// Adds to the prefixes of the gradients that are given; returns dx (empty unless needed) and dresidual. With
-// add_to_residual the residual was x: dresidual is then the whole gradient of x, and dx is empty.
-std::tuple<Tensor, Tensor> basic_block_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& c1, const Tensor& c2,
-    std::optional<Tensor> weight1, std::optional<Tensor> filters1, std::optional<Tensor> norm1_weight,
-    std::optional<Tensor> norm1_bias, const Tensor& weight2, std::optional<Tensor> filters2,
-    std::optional<Tensor> norm2_weight, const Tensor& mean1, const Tensor& rstd1, const Tensor& mean2,
-    const Tensor& rstd2, std::optional<Tensor> grad_weight1, std::optional<Tensor> grad_norm1_weight,
-    std::optional<Tensor> grad_norm1_bias, std::optional<Tensor> grad_weight2, std::optional<Tensor> grad_norm2_weight,
-    std::optional<Tensor> grad_norm2_bias, bool need_grad_x, bool add_to_residual);
+// Convolutions without bias, each with a batch norm, in training: c[i] = conv[i](a[i - 1]), a[i] = act[i](norm[i](c[i])), with
+// a[0] = x, and act[n](norm[n](c[n]) + residual) in the end.
+//
+// x [N, c, H, W], float32 or bfloat16, channels innermost. For each convolution: three full `parameters`, float32 (weight
+// [>= k, >= c, kh, kw], norm's weight and bias); for Winograd what winograd_filters_(weight, false) gives, or none; seven
+// `sizes` (algorithm, k active output channels, two strides, two paddings, activation); the norm's eps. The algorithm is one
+// that takes the convolution. A norm's statistics are those of each of the `views` parts of the batch. Returns y, all c, and
+// the mean and rstd [views, k] of every norm.
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> conv_chain(
+    const Tensor& x, std::optional<Tensor> residual, std::vector<Tensor> parameters,
+    std::vector<std::optional<Tensor>> filters, std::vector<std::int64_t> sizes, std::vector<double> eps,
+    std::int64_t views);
+
+// Adds to the prefixes of the gradients that are given, three for each convolution as in `parameters`; `filters` are those
+// with the input channels in the lanes. Returns dx (empty unless needed), with the residual's gradient in it if that was
+// x; and dresidual, empty if it is `grad` itself.
+std::tuple<Tensor, Tensor> conv_chain_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& y, std::vector<Tensor> parameters,
+    std::vector<std::optional<Tensor>> filters, std::vector<std::int64_t> sizes, std::vector<double> eps,
+    std::vector<Tensor> convolved, std::vector<Tensor> statistics, std::vector<std::optional<Tensor>> gradients,
+    bool need_grad_x, bool had_residual, bool residual_is_x);
 
 }  // namespace us3l

@@ -45,16 +45,12 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
       "depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!)? grad_weight, bool need_grad_x, "
       "int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
   m.def(
-      "basic_block(Tensor x, Tensor? weight1, Tensor? filters1, Tensor? norm1_weight, Tensor? norm1_bias, "
-      "Tensor weight2, Tensor? filters2, Tensor? norm2_weight, Tensor? norm2_bias, Tensor? residual, int channels1, "
-      "int channels2, float eps1, float eps2, int views) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "conv_chain(Tensor x, Tensor? residual, Tensor[] parameters, Tensor?[] filters, int[] sizes, float[] eps, int views) "
+      "-> (Tensor, Tensor[], Tensor[])");
   m.def(
-      "basic_block_backward(Tensor grad, Tensor x, Tensor y, Tensor c1, Tensor c2, Tensor? weight1, Tensor? filters1, "
-      "Tensor? norm1_weight, Tensor? norm1_bias, Tensor weight2, Tensor? filters2, Tensor? norm2_weight, Tensor mean1, "
-      "Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor(a!)? grad_weight1, Tensor(b!)? grad_norm1_weight, "
-      "Tensor(c!)? grad_norm1_bias, Tensor(d!)? grad_weight2, Tensor(e!)? grad_norm2_weight, "
-      "Tensor(f!)? grad_norm2_bias, bool need_grad_x, bool add_to_residual) -> (Tensor, Tensor)");
+      "conv_chain_backward(Tensor grad, Tensor x, Tensor y, Tensor[] parameters, Tensor?[] filters, int[] sizes, "
+      "float[] eps, Tensor[] convolved, Tensor[] statistics, Tensor(a!)?[] gradients, bool need_grad_x, "
+      "bool had_residual, bool residual_is_x) -> (Tensor, Tensor)");
   // Optimizers over lists of float32 tensors: csrc/cpu/multi_tensor.cpp, csrc/cuda/optimizers.cu
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] teachers, float lr, "
@@ -83,8 +79,8 @@ STABLE_TORCH_LIBRARY_IMPL(us3l_native, CPU, m) {
   m.impl("conv2d_backward", TORCH_BOX(&us3l::conv2d_backward));
   m.impl("linear", TORCH_BOX(&us3l::linear));
   m.impl("linear_backward", TORCH_BOX(&us3l::linear_backward));
-  m.impl("basic_block", TORCH_BOX(&us3l::basic_block));
-  m.impl("basic_block_backward", TORCH_BOX(&us3l::basic_block_backward));
+  m.impl("conv_chain", TORCH_BOX(&us3l::conv_chain));
+  m.impl("conv_chain_backward", TORCH_BOX(&us3l::conv_chain_backward));
   m.impl("depthwise_conv2d", TORCH_BOX(&us3l::depthwise_conv2d));
   m.impl("depthwise_conv2d_backward", TORCH_BOX(&us3l::depthwise_conv2d_backward));
   m.impl("sgd_", TORCH_BOX(&us3l::sgd_));

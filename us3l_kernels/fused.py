@@ -1,7 +1,7 @@
 """Several operations as one, where the kernels have it so: for models whose layers follow each other that way.
 
-What the chain of operations would write to memory and read again is done on the way: by the native kernels the body of
-a basic block (csrc/cpu/basic_block.cpp), by the Triton kernels the statistics of a convolution's result. The results
+What the chain of operations would write to memory and read again is done on the way: by the native kernels in the body of
+a residual block (csrc/cpu/conv_chain.cpp), by the Triton kernels the statistics of a convolution's result. The results
 are those of the chain to rounding; the modules decide when it may stand in for them (`nn.residual_block`,
 `nn.conv_norm`).
 """
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from us3l_kernels.backends.native import native, winograd_filters
+from us3l_kernels.backends.native import ACTIVATIONS, ALGORITHMS, Algorithm, native, winograd_filters
 from us3l_kernels.backends.triton import conv2d_batch_norm
 from us3l_kernels.gradients import slot_of
 from us3l_kernels.library import GradientDestinations, first_derivative_only, ops
@@ -26,108 +26,95 @@ def _refuse_ddp(*parameters: Tensor | None) -> None:
             slot.refuse_ddp()
 
 
-# ---------------------------------------------------------------------------------------------- basic blocks, native
+# ---------------------------------------------------------------------------------------------- chains, native
 
 
-class BlockSizes(NamedTuple):
-    """channels1, channels2: active outputs of the convolutions. eps1, eps2: of the norms. views: in the batch."""
+class ChainLayer(NamedTuple):
+    """A convolution without bias and the batch norm behind it.
 
-    channels1: int
-    channels2: int
-    eps1: float
-    eps2: float
-    views: int
+    weight, norm_weight, norm_bias: full, float32. algorithm: see `backends.native.algorithm_of`. out_channels: active ones.
+    """
+
+    weight: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    algorithm: Algorithm
+    out_channels: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    activation: str | None
+    eps: float
+
+    def sizes(self) -> tuple[int, ...]:
+        """In the order of csrc/ops.h."""
+        algorithm, activation = ALGORITHMS[self.algorithm], ACTIVATIONS[self.activation]
+        return (algorithm, self.out_channels, *self.stride, *self.padding, activation)
 
 
-class _BasicBlock(torch.autograd.Function):
-    """Inputs 1 to 6 are the parameters: weight, norm weight, norm bias of the first convolution, then the second's."""
+class _ConvChain(torch.autograd.Function):
+    """Inputs from 4 on are the parameters, three for each layer. The residual is None, x, or another tensor."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight1: Tensor | None,
-        norm1_weight: Tensor | None,
-        norm1_bias: Tensor | None,
-        weight2: Tensor,
-        norm2_weight: Tensor | None,
-        norm2_bias: Tensor | None,
-        residual: Tensor | None,
-        sizes: BlockSizes,
+        ctx: Any, x: Tensor, residual: Tensor | None, layers: Sequence[ChainLayer], views: int, *parameters: Tensor
     ) -> Tensor:
-        parameters = (weight1, norm1_weight, norm1_bias, weight2, norm2_weight, norm2_bias)
         _refuse_ddp(*parameters)
-        y, c1, c2, mean1, rstd1, mean2, rstd2 = native.basic_block(
-            x,
-            weight1,
-            None if weight1 is None else winograd_filters(weight1, False),
-            norm1_weight,
-            norm1_bias,
-            weight2,
-            winograd_filters(weight2, False),
-            norm2_weight,
-            norm2_bias,
-            residual,
-            *sizes,
+        sizes = [size for layer in layers for size in layer.sizes()]
+        eps = [layer.eps for layer in layers]
+        y, convolved, statistics = native.conv_chain(
+            x, residual, parameters, _filters(layers, False), sizes, eps, views
         )
-        ctx.save_for_backward(x, *parameters, y, c1, c2, mean1, rstd1, mean2, rstd2)
-        ctx.own_residual = residual is None
+        ctx.save_for_backward(x, y, *parameters, *convolved, *statistics)
+        ctx.layers, ctx.sizes, ctx.eps = layers, sizes, eps
+        ctx.had_residual, ctx.residual_is_x = residual is not None, residual is x
         return y
 
     @staticmethod
-    @first_derivative_only("basic_block")
+    @first_derivative_only("conv_chain")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight1, norm1_weight, norm1_bias, weight2, norm2_weight, norm2_bias, *saved = ctx.saved_tensors
-        y, c1, c2, *statistics = saved
-        parameters = (weight1, norm1_weight, norm1_bias, weight2, norm2_weight, norm2_bias)
-        destinations = GradientDestinations(ctx, dict(enumerate(parameters, start=1)))
-        need_grad_x, need_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
-        dx, dresidual = native.basic_block_backward(
+        n = len(ctx.layers)
+        x, y, *saved = ctx.saved_tensors
+        parameters, convolved, statistics = saved[: 3 * n], saved[3 * n : 4 * n], saved[4 * n :]
+        destinations = GradientDestinations(ctx, dict(enumerate(parameters, start=4)))
+        need_grad_x, need_grad_residual = ctx.needs_input_grad[:2]
+        dx, dresidual = native.conv_chain_backward(
             grad,
             x,
             y,
-            c1,
-            c2,
-            weight1,
-            None if weight1 is None or not need_grad_x else winograd_filters(weight1, True),
-            norm1_weight,
-            norm1_bias,
-            weight2,
-            winograd_filters(weight2, True),
-            norm2_weight,
-            *statistics,
-            *destinations.into,
+            parameters,
+            _filters(ctx.layers, True),
+            ctx.sizes,
+            ctx.eps,
+            convolved,
+            statistics,
+            destinations.into,
             need_grad_x,
-            ctx.own_residual and weight1 is not None and need_grad_x,
+            ctx.had_residual,
+            ctx.residual_is_x,
         )
-        if ctx.own_residual:
-            dx = dresidual if weight1 is not None else dx + dresidual
-        return (
-            dx if need_grad_x else None,
-            *destinations.returned,
-            dresidual if need_residual else None,
-            None,
-        )
+        if ctx.residual_is_x or not need_grad_residual:
+            dresidual = None  # it is in dx
+        elif ctx.layers[-1].activation is None:
+            dresidual = grad
+        return (dx if need_grad_x else None, dresidual, None, None, *destinations.returned)
 
 
-def basic_block(
-    x: Tensor,
-    weight1: Tensor | None,
-    norm1: tuple[Tensor | None, Tensor | None],
-    weight2: Tensor,
-    norm2: tuple[Tensor | None, Tensor | None],
-    residual: Tensor | None,
-    sizes: BlockSizes,
-) -> Tensor:
-    """y = relu(norm2(conv2(relu(norm1(conv1(x))))) + residual), norms with the statistics of each view of the batch.
+def _filters(layers: Sequence[ChainLayer], input_channels_in_lanes: bool) -> list[Tensor | None]:
+    return [
+        winograd_filters(layer.weight, input_channels_in_lanes) if layer.algorithm == "winograd" else None
+        for layer in layers
+    ]
 
-    x: [N, c, H, W], float32 or bfloat16, on the CPU, channels innermost. weight1, weight2: full [K, C, 3, 3], float32;
-    stride 1 and padding 1. Without weight1, x is conv1's result. norm1, norm2: weight and bias, full. residual: like y;
-    None: x. Returns [N, channels2, H, W], channels_last.
 
-    Source of the block: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
+def conv_chain(x: Tensor, residual: Tensor | None, layers: Sequence[ChainLayer], views: int) -> Tensor:
+    """y = act(norm(conv(... act(norm(conv(x))) ...)) + residual), norms with the statistics of each view of the batch.
+
+    x: [N, c, H, W], float32 or bfloat16, on the CPU, channels innermost; all layers of the kinds that backend `native`
+    takes. residual: like y, or None. views: stacked in the batch. Returns [N, out_channels, H', W'], channels_last.
     """
-    return _BasicBlock.apply(x, weight1, *norm1, weight2, *norm2, residual, sizes)
+    parameters = [t for layer in layers for t in (layer.weight, layer.norm_weight, layer.norm_bias)]
+    y: Tensor = _ConvChain.apply(x, residual, layers, views, *parameters)
+    return y
 
 
 # ---------------------------------------------------------------------------------------------- pairs, Triton

@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "../ops.h"
+#include "depthwise.h"
 #include "depthwise_kernels.h"
 #include "scratch.h"
-#include "tensors.h"
 
 namespace us3l {
 namespace {
@@ -165,6 +165,21 @@ void forward(const Tensor& x, const Correlation& correlation, const float* bias,
   });
 }
 
+// Adds the sums of all threads, [thread][kernel][kernel][channels], to the filters' gradient.
+void add_totals(const std::vector<double>& totals, int64_t threads, int64_t height, int64_t width, int64_t channels,
+                Tensor& grad_weight) {
+  float* const gw = grad_weight.mutable_data_ptr<float>();
+  for (int64_t tap = 0; tap < height * width; ++tap) {
+    float* const to = gw + tap / width * grad_weight.stride(2) + tap % width * grad_weight.stride(3);
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = 0.0;
+      for (int64_t thread = 0; thread < threads; ++thread)
+        sum += totals[(thread * height * width + tap) * channels + c];
+      to[c * grad_weight.stride(0)] += static_cast<float>(sum);
+    }
+  }
+}
+
 // Row after row of the upstream gradient: into the gradient of the filters, and to the rows of dx that lie over it.
 template <class T>
 void backward(const Tensor& grad, const Tensor& x, const Geometry& rows, const Geometry& columns,
@@ -192,16 +207,7 @@ void backward(const Tensor& grad, const Tensor& x, const Geometry& rows, const G
       }
     });
   });
-  if (!grad_weight) return;
-  float* const gw = grad_weight->mutable_data_ptr<float>();
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    float* const to = gw + tap / columns.kernel * grad_weight->stride(2) + tap % columns.kernel * grad_weight->stride(3);
-    for (int64_t c = 0; c < channels; ++c) {
-      double sum = 0.0;
-      for (int64_t thread = 0; thread < threads; ++thread) sum += totals[(thread * taps + tap) * channels + c];
-      to[c * grad_weight->stride(0)] += static_cast<float>(sum);
-    }
-  }
+  if (grad_weight) add_totals(totals, threads, rows.kernel, columns.kernel, channels, *grad_weight);
 }
 
 void check_filters(const char* op, const char* name, const Tensor& t, int64_t channels) {
@@ -279,6 +285,156 @@ Tensor depthwise_conv2d_backward(const Tensor& grad, const Tensor& x, const Tens
   run(dy, x, rows, columns, adjoint ? &*adjoint : nullptr, grad_weight.has_value() ? &*grad_weight : nullptr,
       need_grad_x ? &dx : nullptr);
   return dx;
+}
+
+// ---------------------------------------------------------------------------------------------- batch norms in passing
+
+namespace {
+
+// What a strip of rows reads is normalised into working memory that stays in the L2 cache.
+constexpr int64_t kStrip = 48 << 10;  // floats
+
+// A cut of images into strips of rows of the output, so that the rows of the input under each fit.
+struct Strips {
+  int64_t images, height, of_image;
+
+  Strips(int64_t images, const Geometry& rows, int64_t row_of_input)
+      : images(images), height(rows.out) {
+    const int64_t fit = kStrip / row_of_input - rows.dilation * (rows.kernel - 1) - 1;
+    of_image = ceil_div(height, std::clamp<int64_t>(fit / rows.stride + 1, 1, height));
+  }
+
+  int64_t count() const { return images * of_image; }
+  int64_t image(int64_t i) const { return i / of_image; }
+  Range rows(int64_t i) const { return part(height, i % of_image, of_image); }
+};
+
+// The rows of the input that rows of the output read.
+Range rows_read(const Geometry& g, Range out) {
+  const int64_t begin = std::max<int64_t>(out.begin * g.stride - g.padding, 0);
+  return {begin, std::clamp((out.end - 1) * g.stride - g.padding + g.dilation * (g.kernel - 1) + 1, begin, g.in)};
+}
+
+// The rows of the output that read rows of the input, and `others`.
+Range rows_reading(const Geometry& g, Range in, Range others) {
+  const int64_t first = in.begin + g.padding - g.dilation * (g.kernel - 1), last = (in.end - 1 + g.padding) / g.stride;
+  return {std::min(others.begin, first <= 0 ? 0 : ceil_div(first, g.stride)),
+          std::max(others.end, std::min(last + 1, g.out))};
+}
+
+// Rows of an image in working memory, as an image of which no others are there.
+Pixels<const float> strip_of(const float* rows, Range which, int64_t width, int64_t channels) {
+  const int64_t row = width * channels;
+  return {rows - which.begin * row, channels, 0, row, channels};
+}
+
+// Rows of an image -> rows of all images' pixels.
+Range pixels_of(int64_t image, Range rows, int64_t height, int64_t width) {
+  return {(image * height + rows.begin) * width, (image * height + rows.end) * width};
+}
+
+template <class T>
+Pixels<T> image_of(Rows<T> x, int64_t image, int64_t height, int64_t width, int64_t channels) {
+  return {x.data + image * height * width * x.stride, channels, 0, width * x.stride, x.stride};
+}
+
+}  // namespace
+
+int64_t depthwise_parts(int64_t images) { return balanced_parts(images, 1); }
+
+void depthwise_forward(const Tensor& x, const Norm* norm, const Tensor& weight, const std::vector<int64_t>& stride,
+                       const std::vector<int64_t>& padding, Tensor& y, const RowsDone& done) {
+  const auto geometry = geometry_of("depthwise_conv2d", x, weight, stride, padding, {1, 1});
+  const Geometry &rows = geometry[0], &columns = geometry[1];
+  const int64_t channels = x.size(1), images = x.size(0);
+  const auto kernels = depthwise_kernels<float>();
+  const Correlation correlation(forward_phases(rows), forward_phases(columns), weight, channels);
+  const std::vector<float> no_bias(channels);
+  const Strips strips(images, rows, columns.in * channels);
+  const auto in = rows_of<float>(x, 1);
+  const auto out = rows_of<float>(y, 1);
+  const int64_t parts = depthwise_parts(images);
+  parallel(parts, [&](int64_t i) {
+    const Scratch memory(Scratch::kInput, norm == nullptr ? 0 : kStrip + columns.in * channels * (rows.kernel + 1));
+    for_parts(part(images, i, parts), 1, [&](Range own) {
+      for (int64_t strip = own.begin * strips.of_image; strip < own.end * strips.of_image; ++strip) {
+        const int64_t image = strips.image(strip);
+        const Range to = strips.rows(strip), from = rows_read(rows, to);
+        Pixels<const float> input = image_of(in, image, rows.in, columns.in, channels);
+        if (norm != nullptr) {
+          normalise_rows(*norm, in, pixels_of(image, from, rows.in, columns.in), {memory.data(), channels});
+          input = strip_of(memory.data(), from, columns.in, channels);
+        }
+        const Pixels<float> result = image_of(out, image, rows.out, columns.out, channels);
+        for (int64_t row = to.begin; row < to.end; ++row)
+          correlation.row(kernels, input, no_bias.data(), result, 0, row, columns.out);
+        done(i, pixels_of(image, to, rows.out, columns.out));
+      }
+    });
+  });
+}
+
+void depthwise_backward(const DepthwiseBackward& work) {
+  const auto geometry =
+      geometry_of("depthwise_conv2d_backward", work.x, work.weight, work.stride, work.padding, {1, 1});
+  const Geometry &rows = geometry[0], &columns = geometry[1];
+  const int64_t channels = work.x.size(1), images = work.x.size(0), taps = rows.kernel * columns.kernel;
+  const auto kernels = depthwise_kernels<float>();
+  std::optional<Correlation> adjoint;
+  if (work.dx != nullptr) adjoint.emplace(adjoint_phases(rows), adjoint_phases(columns), work.weight, channels);
+  const std::vector<float> zero(channels);
+  const Strips strips(images, rows, columns.in * channels);
+  const auto in = rows_of<float>(work.x, 1);
+  const Rows<float> dx = work.dx != nullptr ? rows_of<float>(*work.dx, 1) : Rows<float>{nullptr, 0};
+
+  // Of a strip: the rows of the output, those of the input over them, and the gradient's that these read.
+  const auto rows_over = [&](Range to) {
+    return Range{part(rows.in, to.begin, rows.out).begin, part(rows.in, to.end - 1, rows.out).end};
+  };
+  int64_t most = 0;
+  for (int64_t i = 0; i < strips.of_image; ++i) {
+    const Range to = strips.rows(i), read = rows_reading(rows, rows_over(to), to);
+    most = std::max(most, read.end - read.begin);
+  }
+
+  // Threads have sums of their own, so that each has one part of the images.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t parts = work.dw == nullptr ? depthwise_parts(images) : threads;
+  std::vector<double> totals(work.dw ? threads * taps * channels : 0);
+  parallel(parts, [&](int64_t i) {
+    const Scratch input(Scratch::kInput, work.norm_of_x == nullptr || work.dw == nullptr
+                                             ? 0
+                                             : kStrip + columns.in * channels * (rows.kernel + 1));
+    const Scratch gradient(Scratch::kOutput, most * columns.out * channels);
+    std::optional<FilterGradient<float>> sums;
+    if (work.dw)
+      sums.emplace(kernels, forward_phases(rows)[0].axis, forward_phases(columns)[0].axis, channels,
+                   &totals[i * taps * channels]);
+    for_parts(part(images, i, parts), 1, [&](Range own) {
+      for (int64_t strip = own.begin * strips.of_image; strip < own.end * strips.of_image; ++strip) {
+        const int64_t image = strips.image(strip);
+        const Range to = strips.rows(strip), over = rows_over(to);
+        const Range read = work.dx != nullptr ? rows_reading(rows, over, to) : to;
+        input_gradient_rows(work.dy, pixels_of(image, read, rows.out, columns.out), {gradient.data(), channels});
+        const Pixels<const float> dy = strip_of(gradient.data(), read, columns.out, channels);
+        if (work.dx != nullptr && over.begin < over.end) {
+          const Pixels<float> result = image_of(dx, image, rows.in, columns.in, channels);
+          for (int64_t row = over.begin; row < over.end; ++row)
+            adjoint->row(kernels, dy, zero.data(), result, 0, row, columns.in);
+          if (work.done) work.done(i, pixels_of(image, over, rows.in, columns.in));
+        }
+        if (!sums) continue;
+        Pixels<const float> x = image_of(in, image, rows.in, columns.in, channels);
+        if (work.norm_of_x != nullptr) {
+          const Range from = rows_read(rows, to);
+          normalise_rows(*work.norm_of_x, in, pixels_of(image, from, rows.in, columns.in), {input.data(), channels});
+          x = strip_of(input.data(), from, columns.in, channels);
+        }
+        for (int64_t row = to.begin; row < to.end; ++row) sums->add_row(x, dy, 0, row, columns.out);
+      }
+    });
+  });
+  if (work.dw) add_totals(totals, threads, rows.kernel, columns.kernel, channels, *work.dw);
 }
 
 }  // namespace us3l

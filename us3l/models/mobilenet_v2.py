@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from us3l.models.backbone import Backbone
 from us3l.models.layers import ConvNorm, Layers, initialise
-from us3l_kernels.nn import SlicedBatchNorm2d, SlicedLinear, conv_norm
+from us3l_kernels.nn import SlicedBatchNorm2d, SlicedLinear, residual_block
 
 # expansion ratio, channels, blocks, stride of the first block
 STAGES = (
@@ -55,11 +55,7 @@ class InvertedResidual(nn.Module):
         self.has_residual = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
-        *layers, last_conv, last_norm = self.body
-        for conv, norm in zip(layers[::2], layers[1::2], strict=True):
-            y = conv_norm(y, conv, norm)
-        return conv_norm(y, last_conv, last_norm, x if self.has_residual else None)
+        return residual_block(x, x if self.has_residual else None, *self.body)
 
 
 class MobileNetV2(Backbone):

@@ -52,10 +52,8 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(in_channels, out_channels, stride, layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm(x, self.conv1, self.bn1)
-        y = conv_norm(y, self.conv2, self.bn2)
         residual = x if self.downsample is None else self.downsample(x)
-        return conv_norm(y, self.conv3, self.bn3, residual)
+        return residual_block(x, residual, self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3)
 
 
 def _downsample(in_channels: int, out_channels: int, stride: int, layers: Layers) -> ConvNorm | None:

@@ -19,7 +19,9 @@ native = torch.ops.us3l_native
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 
 # The codes of csrc/ops.h.
-_ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
+ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
+Algorithm = Literal["product", "winograd", "winograd_stride2", "depthwise"]
+ALGORITHMS: dict[Algorithm, int] = {"product": 0, "winograd": 1, "winograd_stride2": 2, "depthwise": 3}
 
 
 def why_not_channels_last(x: Tensor) -> str | None:
@@ -39,14 +41,14 @@ def is_depthwise(weight: Tensor, groups: int) -> bool:
     return weight.size(1) == 1 and weight.size(0) == groups
 
 
-def _algorithm(
+def algorithm_of(
     x: Tensor,
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> Literal["depthwise", "winograd", "winograd_stride2", "product"]:
+) -> Algorithm:
     """How a convolution is computed."""
     if is_depthwise(weight, groups):
         return "depthwise"
@@ -68,7 +70,7 @@ def _has_pairs() -> bool:
     return _native.isa() == "avx512" and _native.cpu_features().get("avx512bf16", False)
 
 
-def _in_pairs(x: Tensor, weight: Tensor, out_channels: int, groups: int) -> bool:
+def in_pairs(x: Tensor, weight: Tensor, out_channels: int, groups: int) -> bool:
     """Whether the matrix product of a bfloat16 x [N, C, H, W] is one of pairs (AVX512-BF16), summed in float32."""
     if not _has_pairs():
         return False
@@ -85,7 +87,7 @@ def _why_not_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry: An
 
 def _why_slower_pairs(x: Tensor, weight: Tensor, out_channels: int, stride: Sequence[int], groups: int) -> str | None:
     """Of a bfloat16 matrix product. The ratios are of forward, dx and dW together."""
-    if not _in_pairs(x, weight, out_channels, groups):
+    if not in_pairs(x, weight, out_channels, groups):
         return "a bfloat16 product is fast with AVX512-BF16, even channels and even strides only, else it is float32's"
     if groups > 1:
         return "bfloat16 products of several groups were not measured"
@@ -117,7 +119,7 @@ def _reads_runs(
 def _why_slower_conv2d(x: Tensor, weight: Tensor, out_channels: int, **geometry: Any) -> str | None:
     if _CAPABILITY != "AVX512":
         return f"its convolution was measured with AVX-512 only, this CPU has {_CAPABILITY}"
-    channels, algorithm = x.size(1), _algorithm(x, weight, **geometry)
+    channels, algorithm = x.size(1), algorithm_of(x, weight, **geometry)
     if algorithm == "winograd":
         tiles = x.size(0) * ((x.size(2) + 3) // 4) * ((x.size(3) + 3) // 4)
         if tiles < 8 and channels * out_channels >= 64 * 64:
@@ -228,7 +230,7 @@ class NativeBackend(Backend):
         groups: int,
     ) -> Tensor:
         y: Tensor
-        algorithm = _algorithm(x, weight, stride, padding, dilation, groups)
+        algorithm = algorithm_of(x, weight, stride, padding, dilation, groups)
         if algorithm == "depthwise":
             y = native.depthwise_conv2d(x, weight, bias, stride, padding, dilation)
         elif algorithm == "winograd":
@@ -236,7 +238,7 @@ class NativeBackend(Backend):
         elif algorithm == "winograd_stride2":
             y = native.conv2d_3x3_stride2(x, weight, bias, out_channels)
         else:
-            wide = x.dtype == torch.bfloat16 and not _in_pairs(x, weight, out_channels, groups)
+            wide = x.dtype == torch.bfloat16 and not in_pairs(x, weight, out_channels, groups)
             y = native.conv2d(x.float() if wide else x, weight, bias, out_channels, stride, padding, dilation, groups)
         return y.to(x.dtype)
 
@@ -253,7 +255,7 @@ class NativeBackend(Backend):
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor | None:
-        algorithm = _algorithm(x, weight, stride, padding, dilation, groups)
+        algorithm = algorithm_of(x, weight, stride, padding, dilation, groups)
         if algorithm == "product" and x.dtype == torch.float32:
             dx = native.conv2d_backward(
                 grad, x, weight, grad_weight, grad_bias, need_grad_x, stride, padding, dilation, groups
@@ -270,7 +272,7 @@ class NativeBackend(Backend):
         elif algorithm == "winograd_stride2":
             dx = native.conv2d_3x3_stride2_backward(grad, x, weight, grad_weight, need_grad_x)
         elif algorithm == "product":
-            if not _in_pairs(x, weight, grad.size(1), groups):
+            if not in_pairs(x, weight, grad.size(1), groups):
                 grad, x = grad.float(), x.float()
             dx = native.conv2d_backward(
                 grad, x, weight, grad_weight, None, need_grad_x, stride, padding, dilation, groups
@@ -327,7 +329,7 @@ class NativeBackend(Backend):
             momentum,
             eps,
             views,
-            _ACTIVATIONS[activation],
+            ACTIVATIONS[activation],
         )
         return y, mean, rstd
 
@@ -361,7 +363,7 @@ class NativeBackend(Backend):
             need_grad_x,
             need_grad_residual,
             training,
-            _ACTIVATIONS[activation],
+            ACTIVATIONS[activation],
         )
         return dx if need_grad_x else None, dresidual if need_grad_residual else None
 

@@ -25,7 +25,7 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, residual: Tensor | No
     of the modules: no hooks, no running statistics, no synchronised or calibrating norms, no torch.compile, no tuner
     that measures operations one by one. Otherwise the modules are called. The results are the same to rounding.
     """
-    if _is_plain_conv(conv) and is_plain_norm(norm) and (sizes := _sizes(conv, norm, x, residual)) is not None:
+    if is_plain_conv(conv) and conv.groups == 1 and is_plain_norm(norm) and (sizes := _sizes(conv, norm, x, residual)) is not None:
         norm.forget_calibration()
         return fused.conv_norm(x, conv.weight, norm.weight, norm.bias, residual, sizes)
     return norm(conv(x)) if residual is None else norm(conv(x), residual)
@@ -48,11 +48,12 @@ def is_plain_norm(norm: nn.Module) -> TypeGuard[SlicedBatchNorm2d]:
     )
 
 
-def _is_plain_conv(conv: nn.Module) -> TypeGuard[SlicedConv2d]:
+def is_plain_conv(conv: nn.Module) -> TypeGuard[SlicedConv2d]:
+    """Whether this module, as it stands, is a convolution with zeros around, without bias, that does nothing else."""
     return (
         isinstance(conv, SlicedConv2d)
         and type(conv).forward is SlicedConv2d.forward
-        and (conv.groups, conv.padding_mode, conv.bias) == (1, "zeros", None)
+        and (conv.padding_mode, conv.bias) == ("zeros", None)
         and is_plain(conv)
     )
 

@@ -2,84 +2,97 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from us3l_kernels import fused
-from us3l_kernels.backends import choose
-from us3l_kernels.nn.batch_norm import SlicedBatchNorm2d
-from us3l_kernels.nn.conv import SlicedConv2d
-from us3l_kernels.nn.conv_norm import conv_norm, is_plain, is_plain_norm
+from us3l_kernels.backends import choose, measured
+from us3l_kernels.backends.native import algorithm_of, in_pairs, is_depthwise
+from us3l_kernels.layout import convolved
+from us3l_kernels.nn.conv_norm import conv_norm, is_plain_conv, is_plain_norm
 from us3l_kernels.width import current_views
 
 
-def residual_block(
-    x: Tensor, residual: Tensor, conv1: nn.Module, norm1: nn.Module, conv2: nn.Module, norm2: nn.Module
-) -> Tensor:
-    """norm2(conv2(norm1(conv1(x))), residual): two convolutions, each with its norm, and a sum before the last ReLU.
+def residual_block(x: Tensor, residual: Tensor | None, *layers: nn.Module) -> Tensor:
+    """norm(conv(... norm(conv(x)) ...), residual) of modules conv, norm, conv, norm, ...: the sum, if there is a residual,
+    is taken before the last norm's activation.
 
-    In training on a CPU with the native kernels the convolutions of 3x3, stride 1, and the norms are one operation
-    (`us3l_kernels.fused`), as long as nothing but their result is asked of the modules: no hooks, no running
-    statistics, no synchronised or calibrating norms, no torch.compile. Otherwise they are called in pairs: `conv_norm`.
+    In training on a CPU with the native kernels it is one operation (`us3l_kernels.fused`), as long as nothing but
+    their result is asked of the modules: no hooks, no running statistics, no synchronised or calibrating norms, no
+    torch.compile, no tuner that measures operations one by one. Otherwise they are called in pairs: `conv_norm`.
+
+    Raises ValueError if the modules are not pairs.
     """
-    if not (_is_fusible(conv2, norm2) and _is_relu_norm(norm1) and _is_relu_norm(norm2)) or x.device.type != "cpu":
-        return conv_norm(conv_norm(x, conv1, norm1), conv2, norm2, residual)
-    first = conv1 if _is_fusible(conv1, norm1) else None
-    c = x if first is not None else conv1(x)
-    entry = conv2 if first is None else first  # the first convolution of the operation: it reads c
-    if c.dtype != residual.dtype or not _runs_natively(entry, norm2, c):
-        return conv_norm(norm1(c) if first is None else conv_norm(x, conv1, norm1), conv2, norm2, residual)
-    for norm in (norm1, norm2):
-        norm.forget_calibration()
-    return fused.basic_block(
-        c,
-        None if first is None else first.weight,
-        (norm1.weight, norm1.bias),
-        conv2.weight,
-        (norm2.weight, norm2.bias),
-        None if first is not None and residual is x else residual,
-        fused.BlockSizes(
-            c.size(1) if first is None else first.active_out_channels,
-            conv2.active_out_channels,
-            norm1.eps,
-            norm2.eps,
-            current_views(),
-        ),
-    )
+    if not layers or len(layers) % 2:
+        raise ValueError(f"layers: expected a norm behind each convolution, got {len(layers)} modules")
+    pairs = list(zip(layers[::2], layers[1::2], strict=True))
+    if x.device.type == "cpu" and (chain := _chain(x, residual, pairs)) is not None:
+        for _, norm in pairs:
+            norm.forget_calibration()
+        return fused.conv_chain(x, residual, chain, current_views())
+    *first, (last_conv, last_norm) = pairs
+    for conv, norm in first:
+        x = conv_norm(x, conv, norm)
+    return conv_norm(x, last_conv, last_norm, residual)
 
 
-def _is_fusible(conv: nn.Module, norm: nn.Module) -> TypeGuard[SlicedConv2d]:
-    """Whether these modules, as they stand, are a 3x3 convolution and a batch norm with ReLU that do nothing else."""
-    return (
-        isinstance(conv, SlicedConv2d)
-        and type(conv).forward is SlicedConv2d.forward
-        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-        and (conv.groups, conv.padding_mode, conv.bias) == (1, "zeros", None)
-        and is_plain(conv)
-        and _is_relu_norm(norm)
-    )
-
-
-def _is_relu_norm(norm: nn.Module) -> TypeGuard[SlicedBatchNorm2d]:
-    return is_plain_norm(norm) and norm.activation == "relu"
-
-
-def _runs_natively(conv: SlicedConv2d, norm: SlicedBatchNorm2d, x: Tensor) -> bool:
-    """Whether this convolution of x and this norm are ones that run on the native kernels, and x is one they take."""
+def _chain(
+    x: Tensor, residual: Tensor | None, pairs: Sequence[tuple[nn.Module, nn.Module]]
+) -> list[fused.ChainLayer] | None:
+    """What the one operation is told; None if it is not to run. Bad input is the modules': they say what is wrong."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    if torch.compiler.is_compiling() or x.dtype != dtype or x.dim() != 4:
-        return False
-    views, channels = current_views(), conv.active_out_channels
-    values = x.numel() // x.size(1) // views if x.numel() else 0
-    if not (8 <= x.size(1) <= conv.in_channels and channels >= 8 and x.size(0) % views == 0 and values > 1):
-        return False  # not for Winograd, or bad input: the modules say what is wrong with it
+    if torch.compiler.is_compiling() or measured.is_observed() or x.dtype != dtype or x.dim() != 4 or x.numel() == 0:
+        return None
+    chain: list[fused.ChainLayer] = []
+    read = x
+    for conv, norm in pairs:
+        layer = _layer(read, conv, norm)
+        if layer is None:
+            return None
+        chain.append(layer)
+        # Nobody writes or reads it: it stands for what the next convolution will be given.
+        size = convolved(read.shape[2:], layer.weight.shape[2:], layer.stride, layer.padding, (1, 1))
+        shape = (x.size(0), layer.out_channels, *size)
+        read = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (read.shape, dtype, x.device):
+        return None
+    return chain
+
+
+def _layer(x: Tensor, conv: nn.Module, norm: nn.Module) -> fused.ChainLayer | None:
+    """A convolution of x and its norm, if these modules as they stand do nothing else, and run on the native kernels."""
+    if not (is_plain_conv(conv) and is_plain_norm(norm)) or isinstance(conv.padding, str) or conv.dilation != (1, 1):
+        return None
+    depthwise, views = is_depthwise(conv.weight, conv.groups), current_views()
+    if conv.groups > 1 and not depthwise:
+        return None
+    channels = x.size(1) if depthwise else conv.active_out_channels
+    size = convolved(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    fits = 1 <= x.size(1) <= conv.in_channels and channels <= norm.num_features and min(size) >= 1
+    if not fits or x.size(0) % views or x.size(0) // views * size[0] * size[1] <= 1:
+        return None
+    if norm.weight is None or {conv.weight.dtype, norm.weight.dtype, norm.bias.dtype} != {torch.float32}:
+        return None
+    if x.dtype != torch.float32 and not in_pairs(x, conv.weight, channels, conv.groups):
+        return None
+    geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
     # In the order of functional.conv2d: what was measured is found by it.
-    call = {"out_channels": channels, "groups": 1, "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
-    return (
-        conv.weight.dtype == torch.float32
-        and choose("conv2d", x, conv.weight, **call) == "native"
-        and choose("batch_norm", x, norm.weight, training=True, views=views, activation="relu", residual=True)
-        == "native"
+    convolution = {"out_channels": channels, "groups": conv.groups, **geometry}
+    normalisation = {"training": True, "views": views, "activation": norm.activation, "residual": False}
+    if choose("conv2d", x, conv.weight, **convolution) != "native":
+        return None
+    if choose("batch_norm", x, norm.weight, **normalisation) != "native":
+        return None
+    return fused.ChainLayer(
+        conv.weight,
+        norm.weight,
+        norm.bias,
+        algorithm_of(x, conv.weight, **geometry, groups=conv.groups),
+        channels,
+        conv.stride,
+        conv.padding,
+        norm.activation,
+        norm.eps,
     )

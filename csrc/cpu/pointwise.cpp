@@ -1,0 +1,127 @@
+#include "pointwise.h"
+
+#include "gemm_kernels.h"
+#include "scratch.h"
+
+namespace us3l {
+namespace {
+
+constexpr int64_t kMostRows = 112, kLeastRows = 56;  // to a block; sharing what is read of the right side
+constexpr int64_t kBlock = 64 << 10, kWeight = 64 << 10;  // floats
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+int64_t rows_of_block(int64_t columns) { return std::clamp(kBlock / columns, kLeastRows, kMostRows); }
+
+// A matrix of depth x columns, packed.
+struct PackedWeight {
+  PackedWeight(const GemmKernels& gemm, int64_t depth, int64_t columns, Matrix from)
+      : memory(Scratch::kFilters, divide_up(columns, gemm.lanes) * gemm.lanes * depth),
+        panels{memory.data(), depth * gemm.lanes, gemm.lanes} {
+    const int64_t count = divide_up(columns, gemm.lanes);
+    parallel_if_large(depth * columns, count, [&](int64_t i) {
+      const int64_t column = i * gemm.lanes;
+      gemm.pack(depth, std::min(gemm.lanes, columns - column),
+                {from.data + column * from.column, from.row, from.column}, memory.data() + i * panels.panel,
+                panels.panel);
+    });
+  }
+
+  Scratch memory;
+  Panels panels;
+};
+
+Matrix rows_from(Rows<const float> x, int64_t row) { return {x.data + row * x.stride, x.stride, 1}; }
+
+}  // namespace
+
+bool is_pointwise(int64_t rows, int64_t in, int64_t out) {
+  const GemmKernels gemm = gemm_kernels();
+  return gemm.whole_halves(in) && gemm.whole_halves(out) && in * out <= kWeight &&
+         rows >= torch::stable::get_num_threads() * kLeastRows;
+}
+
+int64_t pointwise_parts(int64_t rows) { return balanced_parts(rows, kMostRows); }
+
+void pointwise_forward(int64_t rows, Rows<const float> x, const Norm* norm, const PointwiseWeight& w, Rows<float> y,
+                       const RowsDone& done) {
+  const GemmKernels gemm = gemm_kernels();
+  const PackedWeight weight(gemm, w.in, w.out, {w.data, w.in_distance, w.out_distance});
+  const int64_t parts = pointwise_parts(rows), row = row_of(w.in);
+  parallel(parts, [&](int64_t i) {
+    const Range own = part(rows, i, parts);
+    const int64_t blocks = divide_up(own.end - own.begin, rows_of_block(w.in + w.out));
+    const Scratch input(Scratch::kInput, norm == nullptr ? 0 : divide_up(own.end - own.begin, blocks) * row);
+    for_parts(own, blocks, [&](Range p) {
+      Matrix a = rows_from(x, p.begin);
+      if (norm != nullptr) {
+        normalise_rows(*norm, x, p, {input.data(), row});
+        a = {input.data(), row, 1};
+      }
+      gemm.multiply(p.end - p.begin, w.out, w.in, a, weight.panels, y.data + p.begin * y.stride, y.stride, false);
+      done(i, p);
+    });
+  });
+}
+
+void pointwise_backward(int64_t rows, const PointwiseBackward& work) {
+  const GemmKernels gemm = gemm_kernels();
+  const PointwiseWeight& w = work.w;
+  const Rows<float> dx = work.dx;
+  std::optional<PackedWeight> weight;
+  if (dx.data != nullptr) weight.emplace(gemm, w.out, w.in, Matrix{w.data, w.out_distance, w.in_distance});
+
+  // Threads have sums of their own, so that each has one part of the rows. A row of few columns on the right side is read
+  // for few products: then the sums are turned.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t parts = work.dw == nullptr ? pointwise_parts(rows) : threads;
+  const bool turned = w.in < w.out && w.in < 3 * gemm.lanes;
+  const int64_t sums_row = row_of(turned ? w.out : w.in), size = (turned ? w.in : w.out) * sums_row;
+  const Scratch memory(Scratch::kFilterGradients, work.dw == nullptr ? 0 : parts * size);
+  const int64_t x_row = row_of(w.in), dy_row = row_of(w.out);
+
+  parallel(parts, [&](int64_t i) {
+    const Range own = part(rows, i, parts);
+    const int64_t blocks = divide_up(own.end - own.begin, rows_of_block(2 * (w.in + w.out)));
+    const int64_t block = divide_up(own.end - own.begin, blocks);
+    const Scratch input(Scratch::kInput, work.norm_of_x == nullptr || work.dw == nullptr ? 0 : block * x_row);
+    const Scratch gradient(Scratch::kOutput, block * dy_row);
+    float* const sums = memory.data() + i * size;
+    for_parts(own, blocks, [&](Range p) {
+      const int64_t count = p.end - p.begin;
+      input_gradient_rows(work.dy, p, {gradient.data(), dy_row});
+      if (dx.data != nullptr) {
+        gemm.multiply(count, w.in, w.out, {gradient.data(), dy_row, 1}, weight->panels, dx.data + p.begin * dx.stride,
+                      dx.stride, work.add_to_dx);
+        if (work.done) work.done(i, p);
+      }
+      if (work.dw == nullptr) return;
+      Rows<const float> a = at(work.x, p.begin, 0);
+      if (work.norm_of_x != nullptr) {
+        normalise_rows(*work.norm_of_x, work.x, p, {input.data(), x_row});
+        a = {input.data(), x_row};
+      }
+      const bool add = p.begin > own.begin;
+      if (turned)
+        gemm.multiply(w.in, w.out, count, {a.data, 1, a.stride}, {gradient.data(), gemm.lanes, dy_row}, sums, sums_row,
+                      add);
+      else
+        gemm.multiply(w.out, w.in, count, {gradient.data(), 1, dy_row}, {a.data, gemm.lanes, a.stride}, sums, sums_row,
+                      add);
+    });
+  });
+  if (work.dw == nullptr) return;
+
+  const int64_t out_of = turned ? 1 : sums_row, in_of = turned ? sums_row : 1;
+  parallel_if_large(parts * size, threads, [&](int64_t thread) {
+    const Range own = part(w.out, thread, threads);
+    for (int64_t i = 0; i < parts; ++i) {
+      const float* const from = memory.data() + i * size;
+      for (int64_t k = own.begin; k < own.end; ++k)
+        for (int64_t c = 0; c < w.in; ++c)
+          work.dw[k * work.dw_out + c * work.dw_in] += from[k * out_of + c * in_of];
+    }
+  });
+}
+
+}  // namespace us3l
