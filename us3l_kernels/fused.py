@@ -1,8 +1,8 @@
 """Several operations as one, where the kernels have it so: for models whose layers follow each other that way.
 
-What the chain of operations would write to memory and read again is done on the way: by the native kernels in the body of
-a residual block (csrc/cpu/conv_chain.cpp), by the Triton kernels the statistics of a convolution's result. The results
-are those of the chain to rounding; the modules decide when it may stand in for them (`nn.residual_block`,
+What the chain of operations would write to memory and read again is done on the way: by the native kernels in the
+body of a residual block (csrc/cpu/conv_chain.cpp), by the Triton kernels the statistics of a convolution's result. The
+results are those of the chain to rounding; the modules decide when it may stand in for them (`nn.residual_block`,
 `nn.conv_norm`).
 """
 
@@ -32,7 +32,7 @@ def _refuse_ddp(*parameters: Tensor | None) -> None:
 class ChainLayer(NamedTuple):
     """A convolution without bias and the batch norm behind it.
 
-    weight, norm_weight, norm_bias: full, float32. algorithm: see `backends.native.algorithm_of`. out_channels: active ones.
+    weight, norm_weight, norm_bias: full, float32. algorithm: see `backends.native.algorithm_of`. out_channels: active.
     """
 
     weight: Tensor

@@ -19,8 +19,6 @@
 namespace us3l {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // One dimension of the convolution, `padding` and so on as in torch.
 struct Geometry {
   int64_t in, out, kernel, stride, padding, dilation;
@@ -43,7 +41,7 @@ std::vector<Phase> adjoint_phases(const Geometry& g) {
     // Input i is read by output o with tap k where i + padding = o * stride + k * dilation.
     int64_t k = 0;
     while (k < every && (phase + g.padding - k * g.dilation) % g.stride != 0) ++k;
-    const int64_t taps = k < every && k < g.kernel ? ceil_div(g.kernel - k, every) : 0;
+    const int64_t taps = k < every && k < g.kernel ? divide_up(g.kernel - k, every) : 0;
     const int64_t nearest = (phase + g.padding - k * g.dilation) / g.stride;  // the output under tap k; others precede it
     phases.push_back({{taps, 1, step, nearest - (taps - 1) * step, g.out}, k + (taps - 1) * every, -every});
   }
@@ -53,8 +51,8 @@ std::vector<Phase> adjoint_phases(const Geometry& g) {
 // The taps of output i that lie in the image.
 Range taps_inside(const Axis& axis, int64_t i) {
   const int64_t origin = i * axis.stride + axis.offset;
-  const int64_t begin = origin < 0 ? std::min(ceil_div(-origin, axis.step), axis.taps) : 0;
-  const int64_t end = origin < axis.size ? std::min(ceil_div(axis.size - origin, axis.step), axis.taps) : 0;
+  const int64_t begin = origin < 0 ? std::min(divide_up(-origin, axis.step), axis.taps) : 0;
+  const int64_t end = origin < axis.size ? std::min(divide_up(axis.size - origin, axis.step), axis.taps) : 0;
   return {begin, std::max(begin, end)};
 }
 
@@ -99,7 +97,7 @@ class Correlation {
       const float* const filters = filters_[phase * column_phases + i] + taps.begin * columns_[i].axis.taps * channels_;
       T* const out = y.data + image * y.image + row * y.row + i * y.pixel;
       kernels.correlate(columns_[i].axis, window, filters, bias,
-                        {out, column_phases * y.pixel, ceil_div(width - i, column_phases)}, channels_);
+                        {out, column_phases * y.pixel, divide_up(width - i, column_phases)}, channels_);
     }
   }
 
@@ -301,7 +299,7 @@ struct Strips {
   Strips(int64_t images, const Geometry& rows, int64_t row_of_input)
       : images(images), height(rows.out) {
     const int64_t fit = kStrip / row_of_input - rows.dilation * (rows.kernel - 1) - 1;
-    of_image = ceil_div(height, std::clamp<int64_t>(fit / rows.stride + 1, 1, height));
+    of_image = divide_up(height, std::clamp<int64_t>(fit / rows.stride + 1, 1, height));
   }
 
   int64_t count() const { return images * of_image; }
@@ -318,7 +316,7 @@ Range rows_read(const Geometry& g, Range out) {
 // The rows of the output that read rows of the input, and `others`.
 Range rows_reading(const Geometry& g, Range in, Range others) {
   const int64_t first = in.begin + g.padding - g.dilation * (g.kernel - 1), last = (in.end - 1 + g.padding) / g.stride;
-  return {std::min(others.begin, first <= 0 ? 0 : ceil_div(first, g.stride)),
+  return {std::min(others.begin, first <= 0 ? 0 : divide_up(first, g.stride)),
           std::max(others.end, std::min(last + 1, g.out))};
 }
 

@@ -28,8 +28,6 @@ namespace {
 constexpr int64_t kBlock = 64 << 10, kTile = 128 << 10;  // floats
 constexpr int64_t kMostRows = 112, kLeastRows = 56;       // sharing what is read of the right side
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 // The kernels for images of T, of which a word holds so many.
 template <class T>
 using Gemm = std::conditional_t<std::is_same_v<T, float>, GemmKernels, GemmPairKernels>;

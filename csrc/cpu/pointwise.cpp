@@ -7,9 +7,7 @@ namespace us3l {
 namespace {
 
 constexpr int64_t kMostRows = 112, kLeastRows = 56;  // to a block; sharing what is read of the right side
-constexpr int64_t kBlock = 64 << 10, kWeight = 64 << 10;  // floats
-
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+constexpr int64_t kBlock = 64 << 10, kWeight = 160 << 10;  // floats
 
 int64_t rows_of_block(int64_t columns) { return std::clamp(kBlock / columns, kLeastRows, kMostRows); }
 

@@ -149,6 +149,8 @@ inline int64_t balanced_parts(int64_t n, int64_t least) {
   return threads == 1 ? 1 : std::clamp(n / least, threads, kPartsOfThread * threads);
 }
 
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // The distance of two of many parallel streams: an odd number of cache lines, or they would share few sets of the cache.

@@ -25,7 +25,7 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, residual: Tensor | No
     of the modules: no hooks, no running statistics, no synchronised or calibrating norms, no torch.compile, no tuner
     that measures operations one by one. Otherwise the modules are called. The results are the same to rounding.
     """
-    if is_plain_conv(conv) and conv.groups == 1 and is_plain_norm(norm) and (sizes := _sizes(conv, norm, x, residual)) is not None:
+    if is_plain_conv(conv) and is_plain_norm(norm) and (sizes := _sizes(conv, norm, x, residual)) is not None:
         norm.forget_calibration()
         return fused.conv_norm(x, conv.weight, norm.weight, norm.bias, residual, sizes)
     return norm(conv(x)) if residual is None else norm(conv(x), residual)
@@ -62,7 +62,9 @@ def _sizes(conv: SlicedConv2d, norm: SlicedBatchNorm2d, x: Tensor, residual: Ten
     """What the one operation is told; None if it is not to run. Bad input is the modules': they say what is wrong."""
     if not (x.is_cuda or INTERPRETED):  # at once: on a CPU the checks would cost a fifth of a small layer's time
         return None
-    if torch.compiler.is_compiling() or measured.is_observed() or x.dim() != 4 or isinstance(conv.padding, str):
+    if torch.compiler.is_compiling() or measured.is_observed() or x.dim() != 4:
+        return None
+    if isinstance(conv.padding, str) or conv.groups > 1:
         return None
     stride, padding, dilation = geometry = conv.stride, conv.padding, conv.dilation
     channels, views = conv.active_out_channels, current_views()

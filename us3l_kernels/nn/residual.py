@@ -11,13 +11,14 @@ from us3l_kernels import fused
 from us3l_kernels.backends import choose, measured
 from us3l_kernels.backends.native import algorithm_of, in_pairs, is_depthwise
 from us3l_kernels.layout import convolved
+from us3l_kernels.nn.batch_norm import SlicedBatchNorm2d
 from us3l_kernels.nn.conv_norm import conv_norm, is_plain_conv, is_plain_norm
 from us3l_kernels.width import current_views
 
 
 def residual_block(x: Tensor, residual: Tensor | None, *layers: nn.Module) -> Tensor:
-    """norm(conv(... norm(conv(x)) ...), residual) of modules conv, norm, conv, norm, ...: the sum, if there is a residual,
-    is taken before the last norm's activation.
+    """norm(conv(... norm(conv(x)) ...), residual) of modules conv, norm, conv, norm, ...: the sum, if there is a
+    residual, is taken before the last norm's activation.
 
     In training on a CPU with the native kernels it is one operation (`us3l_kernels.fused`), as long as nothing but
     their result is asked of the modules: no hooks, no running statistics, no synchronised or calibrating norms, no
@@ -29,7 +30,8 @@ def residual_block(x: Tensor, residual: Tensor | None, *layers: nn.Module) -> Te
         raise ValueError(f"layers: expected a norm behind each convolution, got {len(layers)} modules")
     pairs = list(zip(layers[::2], layers[1::2], strict=True))
     if x.device.type == "cpu" and (chain := _chain(x, residual, pairs)) is not None:
-        for _, norm in pairs:
+        for norm in layers[1::2]:
+            assert isinstance(norm, SlicedBatchNorm2d)
             norm.forget_calibration()
         return fused.conv_chain(x, residual, chain, current_views())
     *first, (last_conv, last_norm) = pairs
@@ -44,6 +46,12 @@ def _chain(
     """What the one operation is told; None if it is not to run. Bad input is the modules': they say what is wrong."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     if torch.compiler.is_compiling() or measured.is_observed() or x.dtype != dtype or x.dim() != 4 or x.numel() == 0:
+        return None
+    # What holds for one of the norms holds for all.
+    norm, normalisation = pairs[0][1], {"training": True, "views": current_views(), "residual": False}
+    if not is_plain_norm(norm):
+        return None
+    if choose("batch_norm", x, norm.weight, **normalisation, activation=norm.activation) != "native":
         return None
     chain: list[fused.ChainLayer] = []
     read = x
@@ -62,7 +70,7 @@ def _chain(
 
 
 def _layer(x: Tensor, conv: nn.Module, norm: nn.Module) -> fused.ChainLayer | None:
-    """A convolution of x and its norm, if these modules as they stand do nothing else, and run on the native kernels."""
+    """A convolution of x and its norm, if these modules as they stand do nothing else, and native kernels run it."""
     if not (is_plain_conv(conv) and is_plain_norm(norm)) or isinstance(conv.padding, str) or conv.dilation != (1, 1):
         return None
     depthwise, views = is_depthwise(conv.weight, conv.groups), current_views()
@@ -80,10 +88,7 @@ def _layer(x: Tensor, conv: nn.Module, norm: nn.Module) -> fused.ChainLayer | No
     geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
     # In the order of functional.conv2d: what was measured is found by it.
     convolution = {"out_channels": channels, "groups": conv.groups, **geometry}
-    normalisation = {"training": True, "views": views, "activation": norm.activation, "residual": False}
     if choose("conv2d", x, conv.weight, **convolution) != "native":
-        return None
-    if choose("batch_norm", x, norm.weight, **normalisation) != "native":
         return None
     return fused.ChainLayer(
         conv.weight,
