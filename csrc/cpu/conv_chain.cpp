@@ -282,7 +282,7 @@ Tensor convolve_backward(const char* op, const Layer& layer, const LayerBackward
       if (work.need_dx) {
         backward.dx = rows_of<T>(dx, 1);
         backward.add_to_dx = work.dx != nullptr;
-        backward.done = sums_of(std::max(pointwise_parts(rows), int64_t{torch::stable::get_num_threads()}));
+        backward.done = sums_of(pointwise_parts(rows));
       }
       pointwise_backward(rows, backward);
       return finish();
@@ -291,9 +291,7 @@ Tensor convolve_backward(const char* op, const Layer& layer, const LayerBackward
       std::optional<Tensor> dw = work.dw;
       depthwise_backward({x, work.norm_of_x, layer.weight, layer.stride, layer.padding, work.c.size(2), work.c.size(3),
                           dy, dw ? &*dw : nullptr, work.need_dx ? &dx : nullptr,
-                          work.need_dx ? sums_of(std::max(depthwise_parts(x.size(0)),
-                                                          int64_t{torch::stable::get_num_threads()}))
-                                       : RowsDone{}});
+                          work.need_dx ? sums_of(depthwise_parts(x.size(0))) : RowsDone{}});
       return finish();
     }
   }

@@ -163,16 +163,15 @@ void forward(const Tensor& x, const Correlation& correlation, const float* bias,
   });
 }
 
-// Adds the sums of all threads, [thread][kernel][kernel][channels], to the filters' gradient.
-void add_totals(const std::vector<double>& totals, int64_t threads, int64_t height, int64_t width, int64_t channels,
+// Adds the sums of all parts, [part][kernel][kernel][channels], to the filters' gradient.
+void add_totals(const std::vector<double>& totals, int64_t parts, int64_t height, int64_t width, int64_t channels,
                 Tensor& grad_weight) {
   float* const gw = grad_weight.mutable_data_ptr<float>();
   for (int64_t tap = 0; tap < height * width; ++tap) {
     float* const to = gw + tap / width * grad_weight.stride(2) + tap % width * grad_weight.stride(3);
     for (int64_t c = 0; c < channels; ++c) {
       double sum = 0.0;
-      for (int64_t thread = 0; thread < threads; ++thread)
-        sum += totals[(thread * height * width + tap) * channels + c];
+      for (int64_t i = 0; i < parts; ++i) sum += totals[(i * height * width + tap) * channels + c];
       to[c * grad_weight.stride(0)] += static_cast<float>(sum);
     }
   }
@@ -395,10 +394,8 @@ void depthwise_backward(const DepthwiseBackward& work) {
     most = std::max(most, read.end - read.begin);
   }
 
-  // Threads have sums of their own, so that each has one part of the images.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t parts = work.dw == nullptr ? depthwise_parts(images) : threads;
-  std::vector<double> totals(work.dw ? threads * taps * channels : 0);
+  const int64_t parts = depthwise_parts(images);
+  std::vector<double> totals(work.dw ? parts * taps * channels : 0);
   parallel(parts, [&](int64_t i) {
     const Scratch input(Scratch::kInput, work.norm_of_x == nullptr || work.dw == nullptr
                                              ? 0
@@ -432,7 +429,7 @@ void depthwise_backward(const DepthwiseBackward& work) {
       }
     });
   });
-  if (work.dw) add_totals(totals, threads, rows.kernel, columns.kernel, channels, *work.dw);
+  if (work.dw) add_totals(totals, parts, rows.kernel, columns.kernel, channels, *work.dw);
 }
 
 }  // namespace us3l

@@ -7,7 +7,7 @@ namespace us3l {
 namespace {
 
 constexpr int64_t kMostRows = 112, kLeastRows = 56;  // to a block; sharing what is read of the right side
-constexpr int64_t kBlock = 64 << 10, kWeight = 160 << 10;  // floats
+constexpr int64_t kBlock = 64 << 10, kWeight = 160 << 10, kSums = 32 << 10;  // floats
 
 int64_t rows_of_block(int64_t columns) { return std::clamp(kBlock / columns, kLeastRows, kMostRows); }
 
@@ -69,12 +69,13 @@ void pointwise_backward(int64_t rows, const PointwiseBackward& work) {
   std::optional<PackedWeight> weight;
   if (dx.data != nullptr) weight.emplace(gemm, w.out, w.in, Matrix{w.data, w.out_distance, w.in_distance});
 
-  // Threads have sums of their own, so that each has one part of the rows. A row of few columns on the right side is read
-  // for few products: then the sums are turned.
+  // A row of few columns on the right side is read for few products: then the sums are turned. Parts have sums of their
+  // own: small ones for several to a thread, so that threads stay in balance.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t parts = work.dw == nullptr ? pointwise_parts(rows) : threads;
   const bool turned = w.in < w.out && w.in < 3 * gemm.lanes;
   const int64_t sums_row = row_of(turned ? w.out : w.in), size = (turned ? w.in : w.out) * sums_row;
+  const int64_t most = work.dw == nullptr ? rows : std::max<int64_t>(kSums / size, 1) * threads;
+  const int64_t parts = std::min(pointwise_parts(rows), most);
   const Scratch memory(Scratch::kFilterGradients, work.dw == nullptr ? 0 : parts * size);
   const int64_t x_row = row_of(w.in), dy_row = row_of(w.out);
 
