@@ -164,7 +164,7 @@ def backbone(settings: Settings) -> nn.Module:
         return model
     if settings.model == "resnet_tiny":
         model = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1])
-        model.inplanes, model.bn1 = 16, nn.BatchNorm2d(16)
+        model.inplanes, model.conv1, model.bn1 = 16, nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
         model.layer1 = model._make_layer(BasicBlock, 16, 1)
         model.layer2 = model._make_layer(BasicBlock, 32, 1, stride=2)
         model.layer3 = model._make_layer(BasicBlock, 64, 1, stride=2)

@@ -92,8 +92,9 @@ def test_standalone_networks_are_the_sub_networks_without_slicing(model):
     assert relative_error(flat(total), joint) < 1e-8
 
 
-def test_us3l_equals_its_rivals():
-    errors = step.check_exactly(TINY, size=16, rivals=["standalone"], stacked=True)
+@pytest.mark.parametrize(("stem", "size"), [("cifar", 16), ("imagenet", 48)])
+def test_us3l_equals_its_rivals(stem, size):
+    errors = step.check_exactly(replace(TINY, stem=stem), size=size, rivals=["standalone"], stacked=True)
     assert errors.keys() == {"float64 joint", "float64 per_width", "float64 standalone"}
 
 
