@@ -228,7 +228,7 @@ def _mobilenet_name(name: str) -> str:
 
 
 def _running_statistics(method: Method, given: Mapping[str, Tensor]) -> Statistics:
-    """Those of the backbone's norms at width 1.0; empty if one norm has none."""
+    """Those of the backbone's norms at width 1.0; empty if one norm has none, or there are no norms."""
     entries = {}
     for name, module in method.encoder_q.named_modules():
         if isinstance(module, SlicedBatchNorm) and not name.startswith("fc."):
@@ -236,4 +236,4 @@ def _running_statistics(method: Method, given: Mapping[str, Tensor]) -> Statisti
             if mean is None or var is None:
                 return {}
             entries[name] = (mean, var)
-    return {width_key(1.0): entries}
+    return {width_key(1.0): entries} if entries else {}

@@ -76,6 +76,21 @@ def test_weights_of_a_backbone_compute_what_they_did(name: str, make: Any) -> No
         assert own.shape != teacher.shape or ".fc." in imported.initial[0] or torch.equal(own, teacher)
 
 
+def test_weights_of_a_vision_transformer_compute_what_they_did() -> None:
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32).eval()
+    method = build_method(
+        config("model.name=vit_tiny", "model.image_size=32", "method.name=moco_v3", "regulariser.kind=none")
+    )
+    imported = load_weights(method, theirs.state_dict())
+    assert imported.copied and not imported.statistics  # it has no batch norms
+    assert sorted(imported.unused) == ["head.bias", "head.weight"]
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), use_width(method.encoder_q, 1.0):
+        y = method.eval().encoder_q.forward_features(x)
+        expected = theirs.forward_head(theirs.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-4)
+
+
 def published(method: nn.Module, name: str) -> dict[str, Tensor]:
     """The state_dict of the authors' code: their names, other numbers than `method` has."""
     heads = {"simclr": {"aux_predictor.": "predictor."}, "byol": {"aux_predictor.": "predictor_new."}}[name]
