@@ -13,7 +13,7 @@ from torch import Tensor
 from us3l_kernels import _native, functional
 from us3l_kernels import backend as use_backend
 from us3l_kernels.backends import BACKENDS, choose
-from us3l_kernels.backends.native import _in_pairs
+from us3l_kernels.backends.native import in_pairs
 
 if _native.load() is None:
     pytest.skip(f"no native library: {_native.why}", allow_module_level=True)
@@ -69,7 +69,7 @@ def check(n: int, c: int, k: int, size: tuple[int, int], geometry: str, *, gap: 
 
     # With pairs the weight is rounded to bfloat16 as well; else it is not.
     active = weight[:k, :per_group]
-    used = (active.to(torch.bfloat16) if _in_pairs(x, weight, k, groups) else active).double().requires_grad_()
+    used = (active.to(torch.bfloat16) if in_pairs(x, weight, k, groups) else active).double().requires_grad_()
     exact_x = x.double().requires_grad_()
     exact = F.conv2d(exact_x, used, bias[:k].double(), *arguments, groups)
     exact.backward(grad.double())
@@ -157,4 +157,4 @@ def test_auto_takes_what_was_measured_faster(
     chosen = choose(
         "conv2d", x, weight, out_channels=out, stride=[stride] * 2, padding=padding, dilation=[1, 1], groups=1
     )
-    assert chosen == (backend if _in_pairs(x, weight, out, 1) else "aten")
+    assert chosen == (backend if in_pairs(x, weight, out, 1) else "aten")

@@ -213,9 +213,9 @@ def test_tensors_of_other_strides() -> None:
 )
 def test_the_choice_of_the_algorithm(shape: tuple[int, ...], expected: str) -> None:
     x, weight = images(*shape), torch.empty(32, shape[1], 3, 3)
-    assert backend._algorithm(x, weight, [2, 2], [1, 1], [1, 1], 1) == expected
-    assert backend._algorithm(x, weight, [2, 2], [0, 1], [1, 1], 1) == "product"
-    assert backend._algorithm(x.bfloat16(), weight, [2, 2], [1, 1], [1, 1], 1) == "product"
+    assert backend.algorithm_of(x, weight, [2, 2], [1, 1], [1, 1], 1) == expected
+    assert backend.algorithm_of(x, weight, [2, 2], [0, 1], [1, 1], 1) == "product"
+    assert backend.algorithm_of(x.bfloat16(), weight, [2, 2], [1, 1], [1, 1], 1) == "product"
 
 
 def test_through_autograd() -> None:

@@ -83,9 +83,10 @@ def _layer(x: Tensor, conv: nn.Module, norm: nn.Module) -> fused.ChainLayer | No
         return None
     if norm.weight is None or {conv.weight.dtype, norm.weight.dtype, norm.bias.dtype} != {torch.float32}:
         return None
-    if x.dtype != torch.float32 and not in_pairs(x, conv.weight, channels, conv.groups):
-        return None
     geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+    algorithm = algorithm_of(x, conv.weight, **geometry, groups=conv.groups)
+    if algorithm == "product" and x.dtype != torch.float32 and not in_pairs(x, conv.weight, channels, conv.groups):
+        return None
     # In the order of functional.conv2d: what was measured is found by it.
     convolution = {"out_channels": channels, "groups": conv.groups, **geometry}
     if choose("conv2d", x, conv.weight, **convolution) != "native":
@@ -94,7 +95,7 @@ def _layer(x: Tensor, conv: nn.Module, norm: nn.Module) -> fused.ChainLayer | No
         conv.weight,
         norm.weight,
         norm.bias,
-        algorithm_of(x, conv.weight, **geometry, groups=conv.groups),
+        algorithm,
         channels,
         conv.stride,
         conv.padding,
