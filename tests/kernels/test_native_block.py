@@ -97,7 +97,7 @@ def images(n: int, c: int, h: int, w: int) -> Tensor:
 
 
 def gathered(y: Tensor, x: Tensor, residual: Tensor | None, parameters: list[Tensor]) -> dict[str, Tensor]:
-    """Result and gradients by name. A norm's two are one: that of the bias is 0 where another norm takes it away again."""
+    """Result and gradients by name. A norm's two are one: the bias's is 0 where another norm takes it away again."""
     given: dict[str, Tensor | None] = {"y": y.detach(), "dx": x.grad}
     given["dresidual"] = None if residual is None or residual is x else residual.grad
     for i in range(0, len(parameters), 3):
@@ -123,7 +123,7 @@ def run(block: Block, x: Tensor, residual: Tensor | None, upstream: Tensor, n_vi
 def exact(
     block: Block, x: Tensor, residual: Tensor | None, upstream: Tensor, n_views: int, too_close: float = TOO_CLOSE
 ) -> dict[str, Tensor] | None:
-    """By plain PyTorch in float64, from weights sliced by hand. None if rounding may decide whether a gradient passes."""
+    """By plain PyTorch in float64, from weights sliced by hand. None where rounding decides what activations pass."""
     given = leaf(x, torch.float64)
     added = given if residual is x else None if residual is None else leaf(residual, torch.float64)
     parameters = [leaf(p, torch.float64) for p in block.parameters()]
@@ -255,11 +255,11 @@ CASES = {
     "1x1 behind no activation": Case(16, [Layer(24, 1, 1, None), Layer(16, 1)], "x", (2, 9, 7)),
     "3x3 alone": Case(16, [Layer(16)], "x", (4, 9, 7), 2),
     "3x3 alone, no activation": Case(16, [Layer(16, activation=None)], "x", (4, 9, 7), 2),
-    "3x3 and relu6": Case(16, [Layer(16, activation="relu6"), Layer(24), Layer(16, activation="relu6")], "x", (4, 7, 9)),
+    "3x3 and relu6": Case(16, [Layer(16, 3, 1, "relu6"), Layer(24), Layer(16, 3, 1, "relu6")], "x", (4, 7, 9)),
     "3x3 and no activation": Case(16, [Layer(24, activation=None), Layer(16, activation=None)], "x", (4, 9, 7), 2),
     "3x3, uneven": Case(16, [Layer(24, 3, (2, 1)), Layer(16, 3, 1, "relu6", (0, 2))], "another", (3, 9, 7)),
     "3x3, few channels": Case(3, [Layer(5), Layer(7), Layer(1)], "none", (3, 6, 7)),
-    "all kinds": Case(16, [Layer(24), Layer(32, 1), Layer(None), Layer(40, 3, 2), Layer(16, 5)], "none", (4, 13, 12), 2),
+    "all kinds": Case(16, [Layer(24), Layer(32, 1), Layer(), Layer(40, 3, 2), Layer(16, 5)], "none", (4, 13, 12), 2),
 }
 
 
@@ -587,3 +587,67 @@ def test_an_image_smaller_than_the_kernel_is_refused() -> None:
     block = Block(16, [Layer(16), Layer(16, 5, 1, "relu", 0)])
     with pytest.raises(ValueError, match="expected at least 5 pixels in dimension 2"):
         block(images(2, 16, 3, 8))
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """Of the operation itself, for a 3x3 convolution."""
+    parameters = [torch.randn(16, 16, 3, 3), torch.ones(16), torch.zeros(16)]
+    given = {"x": images(4, 16, 8, 8), "residual": None, "parameters": parameters, "filters": [None]}
+    return {**given, "sizes": [1, 16, 1, 1, 1, 1, 1], "eps": [1e-5], "views": 1, **changes}
+
+
+def parameters_of(**changes: Tensor) -> dict[str, Any]:
+    given = {"weight": torch.randn(16, 16, 3, 3), "norm_weight": torch.ones(16), "norm_bias": torch.zeros(16)}
+    return {"parameters": list({**given, **changes}.values())}
+
+
+DIRECT: dict[str, tuple[dict[str, Any], str]] = {
+    "no layers": ({"eps": []}, "expected 3, 1 and 7 for each of the 0 eps"),
+    "a parameter is missing": ({"parameters": [torch.ones(16)] * 2}, "for each of the 1 eps, got 2, 1 and 7"),
+    "no filters": ({"filters": []}, "got 3, 0 and 7"),
+    "a size is missing": ({"sizes": [1, 16, 1, 1, 1, 1]}, "got 3, 1 and 6"),
+    "no stride": ({"sizes": [0, 16, 0, 1, 1, 1, 1]}, "strides of at least 1"),
+    "negative padding": ({"sizes": [0, 16, 1, 1, -1, 1, 1]}, "no negative padding"),
+    "an activation that is none": ({"sizes": [0, 16, 1, 1, 1, 1, 3]}, "activation: expected 0, 1 or 2, got 3"),
+    "double x": ({"x": images(4, 16, 8, 8).double()}, "x: expected float32 or bfloat16"),
+    "x that is no images": ({"x": torch.randn(4, 16)}, "x: expected float32 or bfloat16 .N, C, H, W., got .4, 16."),
+    "no images": ({"x": images(0, 16, 8, 8)}, "x: expected images, got .0, 16, 8, 8."),
+    "too many channels of x": ({"x": images(4, 17, 8, 8)}, ">= 16, >= 17, kh, kw., got .16, 16, 3, 3."),
+    "double weight": (parameters_of(weight=torch.randn(16, 16, 3, 3).double()), "weights: expected float32"),
+    "few filters": (parameters_of(weight=torch.randn(8, 16, 3, 3)), "got .8, 16, 3, 3."),
+    "other filters": (parameters_of(weight=torch.randn(16, 16, 1, 1)), "3, 3., got .16, 16, 1, 1."),
+    "short norm": (parameters_of(norm_weight=torch.ones(8)), "norm weight: expected .* at least 16 elements"),
+    "double norm": (parameters_of(norm_bias=torch.ones(16).double()), "norm bias: expected .*float32"),
+    "views": ({"views": 3}, "views: expected a divisor of the batch of 4, got 3"),
+    "residual": ({"residual": images(4, 16, 8, 7)}, "residual: expected the shape of x"),
+    "residual's dtype": ({"residual": images(4, 16, 8, 8).bfloat16()}, "residual: expected the dtype of x"),
+    "transformed filters": ({"filters": [torch.ones(5)]}, "filters: expected a float32 vector of .*, got .5."),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), DIRECT.values(), ids=DIRECT)
+def test_the_operation_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.us3l_native.conv_chain(**arguments(**changes))
+
+
+BACKWARD: dict[str, tuple[dict[str, Any], str]] = {
+    "no result": ({"convolved": []}, "expected a result, two statistics and three gradients"),
+    "no statistics": ({"statistics": []}, "expected a result, two statistics and three gradients"),
+    "few gradients": ({"gradients": [None]}, "expected a result, two statistics and three gradients"),
+    "shape of grad": ({"grad": images(4, 8, 8, 8)}, "grad: expected the shape of x"),
+    "dtype of grad": ({"grad": images(4, 16, 8, 8).double()}, "grad: expected the dtype of x"),
+    "small gradient": ({"gradients": [torch.zeros(8, 16, 3, 3), None, None]}, "got .8, 16, 3, 3."),
+    "short gradient": ({"gradients": [None, torch.zeros(4), None]}, "gradient of a norm's weight: expected"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BACKWARD.values(), ids=BACKWARD)
+def test_the_backward_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    given = arguments()
+    y, convolved, statistics = torch.ops.us3l_native.conv_chain(**given)
+    kept = {name: given[name] for name in ("x", "parameters", "filters", "sizes", "eps")}
+    kept |= {"y": y, "convolved": convolved, "statistics": statistics, "grad": torch.randn_like(y)}
+    kept |= {"gradients": [None] * 3, "need_grad_x": True, "had_residual": False, "residual_is_x": False}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.us3l_native.conv_chain_backward(**{**kept, **changes})

@@ -108,6 +108,7 @@ def test_cuda_kernels_on_the_cpu_have_no_memory_error() -> None:
 RACES = """
 import sys
 sys.path.insert(0, "tests/kernels")
+import test_native_block as blocks
 import test_native_safety as safety
 for threads in (2, 3, 4, 8):
     safety.torch.set_num_threads(threads)
@@ -118,6 +119,9 @@ for threads in (2, 3, 4, 8):
             problem = safety.PROBLEMS[kind](safety.random.Random(seed).randint)
             if problem.runs():
                 problem.solve()
+    for case in blocks.CASES.values():
+        with blocks.us3l_kernels.backend("native"):
+            blocks.run(*case.inputs(), case.views)
 """
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import us3l_kernels
 from us3l.models import MobileNetV2, ResNet, build_model
+from us3l_kernels import _native, fused
 from us3l_kernels.nn import SlicedConv2d, SwitchableBatchNorm2d, calibrating
 from us3l_kernels.width import active_channels, set_width, use_width
 
@@ -254,6 +255,24 @@ def test_views_have_statistics_of_their_own() -> None:
 def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(**arguments)
+
+
+@pytest.mark.skipif(_native.load() is None, reason=f"no native library: {_native.why}")
+@pytest.mark.parametrize(("name", "blocks"), [("resnet18", 8), ("resnet50", 16), ("mobilenet_v2", 17)])
+def test_blocks_are_one_operation_each_on_the_cpu(
+    name: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains = []
+    original = fused.conv_chain
+    monkeypatch.setattr(fused, "conv_chain", lambda *args: chains.append(args) or original(*args))
+    model = build_model(name, stem="cifar").to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    with us3l_kernels.backend("native"):
+        model(images).sum().backward()
+        assert len(chains) == blocks
+        with torch.no_grad(), use_width(model, 0.25):  # a teacher
+            model(images)
+    assert len(chains) == 2 * blocks
 
 
 def test_types() -> None:
