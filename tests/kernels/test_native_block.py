@@ -170,10 +170,13 @@ class Case(NamedTuple):
     size: tuple[int, int, int]
     views: int = 1
     width: float = 1.0
+    eps: float = 1e-5
 
     def inputs(self) -> tuple[Block, Tensor, Tensor | None, Tensor]:
         """Block, x, residual and upstream gradient."""
         block = Block(self.in_channels, self.layers, self.width)
+        for _, norm in block.pairs():
+            norm.eps = self.eps
         n, h, w = self.size
         x = images(n, block.in_channels, h, w)
         with torch.no_grad():
@@ -294,7 +297,8 @@ def cases(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
     for _ in range(draw(st.integers(1, 3))):
         out = draw(st.none() | st.integers(1, 48) | st.just(channels))
         pair = st.integers(1, 3) | st.tuples(st.integers(1, 3), st.integers(1, 3))
-        kernel = draw(st.sampled_from([1, 3, 3, 5]))
+        # The norm takes the size of a single weight away: its gradient is 0, and what comes is rounding.
+        kernel = draw(st.sampled_from([3, 5] if (out is None or channels == 1) else [1, 3, 5]))
         padding = draw(st.none() | st.integers(0, 3) | st.tuples(st.integers(0, 3), st.integers(0, 3)))
         activation = draw(st.sampled_from(list(BENDS)))
         layers.append(Layer(out, kernel, draw(st.just(1) | pair), activation, padding))
@@ -302,7 +306,7 @@ def cases(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
     n_views = draw(st.integers(1, 3))
     size = (n_views * draw(st.integers(1, 4)), draw(st.integers(1, 20)), draw(st.integers(1, 20)))
     residual = draw(st.sampled_from(["none", "another", "x"]))
-    return Case(first, layers, residual, size, n_views, draw(st.sampled_from([1.0, 0.6, 0.25])))
+    return Case(first, layers, residual, size, n_views, draw(st.sampled_from([1.0, 0.6, 0.25])), eps=0.1)
 
 
 @pytest.mark.slow
@@ -319,7 +323,7 @@ def test_any_chain(case: Case, threads: int, seed: int) -> None:
     assume(residual is None or residual.shape == shape)
     # Of two values in a channel, both are 1 or -1 but for eps, and gradients are differences of nearly equal numbers.
     assume(shape.numel() // shape[1] // case.views >= 8)
-    check(case, (threads,), least=1.0)  # a single weight has no gradient: the norm takes its size away
+    check(case, (threads,), least=1.0)
 
 
 KINDS = {"basic": basic(48), "bottleneck": bottleneck(32, 48), "inverted": inverted(96, 48)}
