@@ -81,10 +81,47 @@ PointwiseWeight pointwise_weight(const Layer& layer, int64_t in) {
   return {w.const_data_ptr<float>(), layer.channels, in, w.stride(0), w.stride(1)};
 }
 
-void check_slice(const char* op, const Layer& layer, const Tensor& t, int64_t in) {
+int64_t output_size(const Layer& layer, const Tensor& x, int64_t d) {
+  return (x.size(2 + d) + 2 * layer.padding[d] - layer.weight.size(2 + d)) / layer.stride[d] + 1;
+}
+
+// Whether t can be a weight, or the gradient of one, for x.
+void check_weight(const char* op, const char* name, const Layer& layer, const Tensor& t, const Tensor& x) {
+  const int64_t in = layer.algorithm == kDepthwise ? 1 : x.size(1);
   STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float && t.size(0) >= layer.channels &&
-                      t.size(1) >= (layer.algorithm == kDepthwise ? 1 : in),
-                  op, ": weights: expected float32 [>= ", layer.channels, ", >= ", in, ", kh, kw], got ", shape_of(t));
+                      t.size(1) >= in && t.size(2) == layer.weight.size(2) && t.size(3) == layer.weight.size(3),
+                  op, ": ", name, ": expected float32 [>= ", layer.channels, ", >= ", in, ", kh, kw], got ", shape_of(t));
+}
+
+// Whether the algorithm takes the convolution of x.
+void check_layer(const char* op, const Layer& layer, const Tensor& x) {
+  const Tensor& w = layer.weight;
+  STD_TORCH_CHECK(w.dim() == 4, op, ": parameters: expected a weight [K, C, kh, kw], got ", shape_of(w));
+  check_weight(op, "parameters", layer, w, x);
+  const auto geometry_is = [&](int64_t stride) {
+    return w.size(2) == 3 && w.size(3) == 3 && layer.stride == std::vector<int64_t>{stride, stride} &&
+           layer.padding == std::vector<int64_t>{1, 1};
+  };
+  bool fits = false;
+  switch (layer.algorithm) {
+    case kProduct:
+      fits = true;
+      break;
+    case kWinograd:
+      fits = geometry_is(1);
+      break;
+    case kWinogradStride2:
+      fits = geometry_is(2);
+      break;
+    case kDepthwise:
+      fits = w.size(1) == 1 && layer.channels == x.size(1);
+  }
+  STD_TORCH_CHECK(fits, op, ": sizes: expected an algorithm that takes the convolution, got ", layer.algorithm,
+                  " for a weight ", shape_of(w), ", ", x.size(1), " to ", layer.channels, " channels, stride ",
+                  layer.stride[0], " and ", layer.stride[1], ", padding ", layer.padding[0], " and ", layer.padding[1]);
+  for (int64_t d = 0; d < 2; ++d)
+    STD_TORCH_CHECK(x.size(2 + d) + 2 * layer.padding[d] >= w.size(2 + d), op,
+                    ": x: expected at least the pixels that the filter covers, got ", shape_of(x), " for ", shape_of(w));
 }
 
 // How a convolution and its norms are done: by whom the norms are done in passing.
@@ -115,14 +152,10 @@ Tensor applied(const Norm& norm, const Tensor& c, const Tensor* residual) {
   return a;
 }
 
-int64_t output_size(const Layer& layer, const Tensor& x, int64_t d) {
-  return (x.size(2 + d) + 2 * layer.padding[d] - layer.weight.size(2 + d)) / layer.stride[d] + 1;
-}
-
 // c = conv(norm(x)), of x itself with norm null, and the statistics of c. x is a matrix of rows.
 template <class T>
 Tensor convolve(const char* op, const Layer& layer, const Tensor& x, const Norm* norm, Tensor& mean, Tensor& rstd) {
-  check_slice(op, layer, layer.weight, x.size(1));
+  check_layer(op, layer, x);
   const How done_as = how<T>(layer, x, norm);
   Tensor c = done_as == How::apart ? torch::stable::new_empty(x, {0})
                                    : new_images(x, layer.channels, output_size(layer, x, 0), output_size(layer, x, 1));
@@ -203,7 +236,7 @@ Tensor convolve_backward(const char* op, const Layer& layer, const LayerBackward
   const Tensor& x = work.x;
   const Tensor nothing = torch::stable::new_empty(x, {0});
   if (!work.need_dx && !work.dw.has_value()) return nothing;
-  if (work.dw.has_value()) check_slice(op, layer, *work.dw, x.size(1));
+  if (work.dw.has_value()) check_weight(op, "gradients", layer, *work.dw, x);
   const How done_as = how<T>(layer, x, work.norm_of_x);
   const OutputGradient<T> dy{rows_of<T>(work.grad, 1), rows_of<T>(work.c, 1), work.norm, work.masked};
   const int64_t rows_of_image = x.size(2) * x.size(3), rows = x.size(0) * rows_of_image;
@@ -363,9 +396,24 @@ std::tuple<Tensor, Tensor> conv_chain_backward(
   STD_TORCH_CHECK(static_cast<int64_t>(convolved.size()) == n && static_cast<int64_t>(statistics.size()) == 2 * n &&
                       static_cast<int64_t>(gradients.size()) == 3 * n,
                   op, ": expected a result, two statistics and three gradients for each of the ", n, " weights");
-  check_chain_input(op, x, statistics[0].size(0));
+  check_chain_input(op, x, statistics[0].dim() == 2 ? statistics[0].size(0) : 0);
   check_like(op, "grad", grad, y);
   const Tensor in = as_rows(x);
+  const int64_t views = statistics[0].size(0);
+  for (int64_t i = 0; i < n; ++i) {
+    const Tensor &from = i == 0 ? in : convolved[i - 1], &c = convolved[i];
+    const int64_t channels = layers[i].channels;
+    check_layer(op, layers[i], from);
+    STD_TORCH_CHECK(c.dim() == 4 && c.scalar_type() == x.scalar_type() && c.size(0) == x.size(0) &&
+                        c.size(1) == channels && c.size(2) == output_size(layers[i], from, 0) &&
+                        c.size(3) == output_size(layers[i], from, 1) && row_stride(c, 1) >= 0,
+                    op, ": convolved: expected the results of the forward, got ", shape_of(c));
+    for (const Tensor& t : {statistics[2 * i], statistics[2 * i + 1]})
+      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == views &&
+                          t.size(1) == channels && t.is_contiguous(),
+                      op, ": statistics: expected float32 [", views, ", ", channels, "], got ", shape_of(t));
+  }
+  check_like(op, "y", y, convolved[n - 1]);
   std::vector<Norm> norms;
   for (int64_t i = 0; i < n; ++i)
     norms.emplace_back(op, convolved[i], statistics[2 * i], statistics[2 * i + 1], layers[i].norm_weight,

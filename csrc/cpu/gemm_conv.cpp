@@ -643,7 +643,7 @@ Tensor conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const bool as_it_lies =
-        channels_innermost(grad) && is_matrix(images_of<T>(grad)) && grad.stride(3) % kPerWord<T> == 0;
+        channels_innermost(grad) && is_matrix(images_of<T>(grad)) && images_of<T>(grad).pixel % kPerWord<T> == 0;
     const Tensor dense = as_it_lies ? grad : torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
     const Images<const T> images = images_of<T>(x), dy = images_of<T>(dense);
     if (need_grad_x) {

@@ -102,9 +102,13 @@ inline void check_float_or_bfloat16_images(const char* op, const char* name, con
       ": expected float32 or bfloat16 [N, C, H, W], got ", shape_of(t));
 }
 
+// Strides of dimensions of size 1 say nothing: the distances there are those of images that follow each other.
 template <class T = float>
 Pixels<const T> pixels(const Tensor& t) {
-  return {static_cast<const T*>(t.const_data_ptr()), t.size(1), t.stride(0), t.stride(2), t.stride(3)};
+  const int64_t images = t.size(0), height = t.size(2), width = t.size(3);
+  const int64_t pixel = width > 1 ? t.stride(3) : height > 1 ? t.stride(2) : images > 1 ? t.stride(0) : t.size(1);
+  const int64_t row = height > 1 ? t.stride(2) : width * pixel;
+  return {static_cast<const T*>(t.const_data_ptr()), t.size(1), images > 1 ? t.stride(0) : height * row, row, pixel};
 }
 
 inline Tensor new_images(const Tensor& like, int64_t channels, int64_t height, int64_t width) {

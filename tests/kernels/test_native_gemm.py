@@ -302,6 +302,22 @@ def test_tensors_of_other_strides(geometry: str) -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (6, 1)], ids=str)
+def test_strides_of_dimensions_of_size_1_say_nothing(size: tuple[int, int]) -> None:
+    case = Case.random(8, 24, 16, size, **STRIDED)
+    grad = images(*case.forward().shape)
+    expected = case.backward(grad)
+    strides = [1 if n == 1 else s for n, s in zip(grad.shape, grad.stride(), strict=True)]
+    for first, second in zip(expected, case.backward(grad.as_strided(grad.shape, strides)), strict=True):
+        assert torch.equal(first, second)
+    y = case.forward()
+    strides = [1 if n == 1 else s for n, s in zip(case.x.shape, case.x.stride(), strict=True)]
+    case.x = case.x.as_strided(case.x.shape, strides)
+    assert torch.equal(case.forward(), y)
+    for first, second in zip(expected, case.backward(grad), strict=True):
+        assert torch.equal(first, second)
+
+
 def test_scratch_memory_of_another_call_does_not_leak_in() -> None:
     """Working memory is kept between calls; what an earlier one left there, NaN even, must not be seen."""
     small, large = Case.random(2, 9, 11, (5, 5), **STRIDED), Case.random(4, 70, 50, (12, 12), **STRIDED)
