@@ -150,12 +150,13 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> conv_chain(
     std::int64_t views);
 
 // Adds to the prefixes of the gradients that are given, three for each convolution as in `parameters`; `filters` are those
-// with the input channels in the lanes. Returns dx (empty unless needed), with the residual's gradient in it if that was
-// x; and dresidual, empty if it is `grad` itself.
+// with the input channels in the lanes. y: of a forward with a residual and an activation behind the sum, else none. Returns
+// dx (empty unless needed), with the residual's gradient in it if that was x; and, with y, dresidual. Without y the
+// residual's gradient is `grad` itself.
 std::tuple<Tensor, Tensor> conv_chain_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& y, std::vector<Tensor> parameters,
+    const Tensor& grad, const Tensor& x, std::optional<Tensor> y, std::vector<Tensor> parameters,
     std::vector<std::optional<Tensor>> filters, std::vector<std::int64_t> sizes, std::vector<double> eps,
     std::vector<Tensor> convolved, std::vector<Tensor> statistics, std::vector<std::optional<Tensor>> gradients,
-    bool need_grad_x, bool had_residual, bool residual_is_x);
+    bool need_grad_x, bool residual_is_x);
 
 }  // namespace us3l

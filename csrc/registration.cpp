@@ -48,9 +48,9 @@ STABLE_TORCH_LIBRARY(us3l_native, m) {
       "conv_chain(Tensor x, Tensor? residual, Tensor[] parameters, Tensor?[] filters, int[] sizes, float[] eps, int views) "
       "-> (Tensor, Tensor[], Tensor[])");
   m.def(
-      "conv_chain_backward(Tensor grad, Tensor x, Tensor y, Tensor[] parameters, Tensor?[] filters, int[] sizes, "
+      "conv_chain_backward(Tensor grad, Tensor x, Tensor? y, Tensor[] parameters, Tensor?[] filters, int[] sizes, "
       "float[] eps, Tensor[] convolved, Tensor[] statistics, Tensor(a!)?[] gradients, bool need_grad_x, "
-      "bool had_residual, bool residual_is_x) -> (Tensor, Tensor)");
+      "bool residual_is_x) -> (Tensor, Tensor)");
   // Optimizers over lists of float32 tensors: csrc/cpu/multi_tensor.cpp, csrc/cuda/optimizers.cu
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] teachers, float lr, "

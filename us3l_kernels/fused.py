@@ -59,51 +59,52 @@ class _ConvChain(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor | None, layers: Sequence[ChainLayer], views: int, *parameters: Tensor
     ) -> Tensor:
         _refuse_ddp(*parameters)
+        algorithms = [layer.algorithm for layer in layers]
         sizes = [size for layer in layers for size in layer.sizes()]
         eps = [layer.eps for layer in layers]
-        y, convolved, statistics = native.conv_chain(
-            x, residual, parameters, _filters(layers, False), sizes, eps, views
-        )
-        ctx.save_for_backward(x, y, *parameters, *convolved, *statistics)
-        ctx.layers, ctx.sizes, ctx.eps = layers, sizes, eps
-        ctx.had_residual, ctx.residual_is_x = residual is not None, residual is x
+        filters = [_filters(*of, False) for of in zip(algorithms, parameters[::3], strict=True)]
+        y, convolved, statistics = native.conv_chain(x, residual, parameters, filters, sizes, eps, views)
+        # Only of a sum does y tell what its activation let through.
+        ctx.reads_y = residual is not None and layers[-1].activation is not None
+        ctx.save_for_backward(x, y if ctx.reads_y else None, *parameters, *convolved, *statistics)
+        ctx.algorithms, ctx.sizes, ctx.eps, ctx.residual_is_x = algorithms, sizes, eps, residual is x
         return y
 
     @staticmethod
     @first_derivative_only("conv_chain")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        n = len(ctx.layers)
+        n = len(ctx.algorithms)
         x, y, *saved = ctx.saved_tensors
         parameters, convolved, statistics = saved[: 3 * n], saved[3 * n : 4 * n], saved[4 * n :]
         destinations = GradientDestinations(ctx, dict(enumerate(parameters, start=4)))
         need_grad_x, need_grad_residual = ctx.needs_input_grad[:2]
+        filters = [
+            _filters(algorithm, weight, True) if i > 0 or need_grad_x else None
+            for i, (algorithm, weight) in enumerate(zip(ctx.algorithms, parameters[::3], strict=True))
+        ]
         dx, dresidual = native.conv_chain_backward(
             grad,
             x,
             y,
             parameters,
-            _filters(ctx.layers, True),
+            filters,
             ctx.sizes,
             ctx.eps,
             convolved,
             statistics,
             destinations.into,
             need_grad_x,
-            ctx.had_residual,
             ctx.residual_is_x,
         )
         if ctx.residual_is_x or not need_grad_residual:
             dresidual = None  # it is in dx
-        elif ctx.layers[-1].activation is None:
+        elif not ctx.reads_y:
             dresidual = grad
         return (dx if need_grad_x else None, dresidual, None, None, *destinations.returned)
 
 
-def _filters(layers: Sequence[ChainLayer], input_channels_in_lanes: bool) -> list[Tensor | None]:
-    return [
-        winograd_filters(layer.weight, input_channels_in_lanes) if layer.algorithm == "winograd" else None
-        for layer in layers
-    ]
+def _filters(algorithm: Algorithm, weight: Tensor, input_channels_in_lanes: bool) -> Tensor | None:
+    return winograd_filters(weight, input_channels_in_lanes) if algorithm == "winograd" else None
 
 
 def conv_chain(x: Tensor, residual: Tensor | None, layers: Sequence[ChainLayer], views: int) -> Tensor:

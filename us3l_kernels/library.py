@@ -265,7 +265,7 @@ class GradientDestinations:
             self.returned.append(returned)
 
 
-def _plain(args: Sequence[Any]) -> bool:
+def is_plain_call(args: Sequence[Any]) -> bool:
     """Whether nobody but autograd has a say in a call: the dispatcher is then two detours through C++ for nothing,
     which take longer than the kernels of small layers.
     """
@@ -284,7 +284,7 @@ def _below_autograd(name: str) -> Callable[..., Any]:
     op, kernel = getattr(ops, name).default, _KERNELS[name][0]
 
     def call(*args: Any) -> Any:
-        if _plain(args):
+        if is_plain_call(args):
             return kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -421,7 +421,7 @@ def _operation(name: str, function: type[torch.autograd.Function], tensors: int)
         return below(*args)
 
     LIBRARY.impl(name, autograd, "Autograd")
-    return lambda *args: (autograd if _plain(args) else op)(*args)
+    return lambda *args: (autograd if is_plain_call(args) else op)(*args)
 
 
 conv2d = _operation("conv2d", _product("conv2d"), 3)

@@ -50,20 +50,9 @@ std::vector<Layer> layers_of(const char* op, const std::vector<Tensor>& paramete
   return layers;
 }
 
-// Dense images with the channels innermost.
-Tensor dense(const Tensor& t) { return torch::stable::contiguous(t, MemoryFormat::ChannelsLast); }
-
-// The images that a matrix of rows is.
+// The images that a matrix of rows is, of the size of t.
 template <class T>
-Pixels<const T> pixels_of_rows(const Tensor& t) {
-  const Rows<const T> rows = rows_of<T>(t, 1);
-  const int64_t row = t.size(3) * rows.stride;
-  return {rows.data, t.size(1), t.size(2) * row, row, rows.stride};
-}
-
-template <class T>
-Pixels<T> pixels_of_rows(Tensor& t) {
-  const Rows<T> rows = rows_of<T>(t, 1);
+Pixels<T> images_of(Rows<T> rows, const Tensor& t) {
   const int64_t row = t.size(3) * rows.stride;
   return {rows.data, t.size(1), t.size(2) * row, row, rows.stride};
 }
@@ -188,7 +177,7 @@ Tensor convolve(const char* op, const Layer& layer, const Tensor& x, const Norm*
     const std::vector<float> no_bias(layer.channels);
     Moments<T> moments = moments_of(plan.parts());
     const NormOnRead norm_on_read = norm ? on_read(*norm) : NormOnRead{};
-    winograd_forward<T>(plan, pixels_of_rows<T>(x), norm ? &norm_on_read : nullptr,
+    winograd_forward<T>(plan, images_of(rows_of<T>(x, 1), x), norm ? &norm_on_read : nullptr,
                         winograd_filters_of(op, plan, layer.weight, layer.filters, false), no_bias.data(), dense_pixels<T>(c),
                         images_done([&](int64_t part, Range r) { moments.add(part, r); }, rows_of_image));
     finish(moments);
@@ -282,9 +271,9 @@ Tensor convolve_backward(const char* op, const Layer& layer, const LayerBackward
     const NormOnRead norm_on_read = work.norm_of_x ? on_read(*work.norm_of_x) : NormOnRead{};
     NormOnRead backward_on_read = on_read(work.norm);
     if (!work.masked) backward_on_read.bias = nullptr;
-    const NormBackwardOnRead<T> norm_backward{pixels_of_rows<T>(work.c), backward_on_read, work.norm.slope.data(),
+    const NormBackwardOnRead<T> norm_backward{images_of(dy.c, work.c), backward_on_read, work.norm.slope.data(),
                                               work.norm.offset.data()};
-    WinogradBackward<T> backward{pixels_of_rows<T>(x), pixels_of_rows<T>(work.grad)};
+    WinogradBackward<T> backward{images_of(rows_of<T>(x, 1), x), images_of(dy.grad, work.c)};
     backward.norm_of_x = work.norm_of_x ? &norm_on_read : nullptr;
     backward.norm_of_dy = &norm_backward;
     backward.w = winograd_filters_of(op, plan, layer.weight, layer.filters, true);
@@ -296,7 +285,7 @@ Tensor convolve_backward(const char* op, const Layer& layer, const LayerBackward
     }
     Pixels<T> to{};
     if (work.need_dx) {
-      to = pixels_of_rows<T>(dx);
+      to = images_of(rows_of<T>(dx, 1), x);
       backward.dx = &to;
       backward.add_to_dx = work.dx != nullptr;
       if (RowsDone done = sums_of(plan.parts())) backward.done = images_done(std::move(done), rows_of_image);
@@ -376,7 +365,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> conv_chain(
       statistics.push_back(rstd);
     }
     if (residual.has_value()) {
-      check_like(op, "residual", *residual, in);
+      check_like(op, "residual", *residual, in, "the result");
       residual = as_rows(*residual);
     }
     return applied<T>(*norm, in, residual ? &*residual : nullptr);
@@ -386,10 +375,10 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> conv_chain(
 }
 
 std::tuple<Tensor, Tensor> conv_chain_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& y, std::vector<Tensor> parameters,
+    const Tensor& grad, const Tensor& x, std::optional<Tensor> y, std::vector<Tensor> parameters,
     std::vector<std::optional<Tensor>> filters, std::vector<int64_t> sizes, std::vector<double> eps,
     std::vector<Tensor> convolved, std::vector<Tensor> statistics, std::vector<std::optional<Tensor>> gradients,
-    bool need_grad_x, bool had_residual, bool residual_is_x) {
+    bool need_grad_x, bool residual_is_x) {
   const char* op = "conv_chain_backward";
   const std::vector<Layer> layers = layers_of(op, parameters, filters, sizes, eps);
   const int64_t n = layers.size();
@@ -397,23 +386,29 @@ std::tuple<Tensor, Tensor> conv_chain_backward(
                       static_cast<int64_t>(gradients.size()) == 3 * n,
                   op, ": expected a result, two statistics and three gradients for each of the ", n, " weights");
   check_chain_input(op, x, statistics[0].dim() == 2 ? statistics[0].size(0) : 0);
-  check_like(op, "grad", grad, y);
   const Tensor in = as_rows(x);
   const int64_t views = statistics[0].size(0);
   for (int64_t i = 0; i < n; ++i) {
-    const Tensor &from = i == 0 ? in : convolved[i - 1], &c = convolved[i];
+    const Tensor& from = i == 0 ? in : convolved[i - 1];
+    const Tensor c = convolved[i] = as_rows(convolved[i]);  // hooks on saved tensors may change strides
     const int64_t channels = layers[i].channels;
     check_layer(op, layers[i], from);
     STD_TORCH_CHECK(c.dim() == 4 && c.scalar_type() == x.scalar_type() && c.size(0) == x.size(0) &&
                         c.size(1) == channels && c.size(2) == output_size(layers[i], from, 0) &&
-                        c.size(3) == output_size(layers[i], from, 1) && row_stride(c, 1) >= 0,
+                        c.size(3) == output_size(layers[i], from, 1),
                     op, ": convolved: expected the results of the forward, got ", shape_of(c));
     for (const Tensor& t : {statistics[2 * i], statistics[2 * i + 1]})
       STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == views &&
                           t.size(1) == channels && t.is_contiguous(),
                       op, ": statistics: expected float32 [", views, ", ", channels, "], got ", shape_of(t));
   }
-  check_like(op, "y", y, convolved[n - 1]);
+  const Tensor& result = convolved[n - 1];
+  check_like(op, "grad", grad, result, "the result");
+  if (y.has_value()) {
+    check_like(op, "y", *y, result, "the result");
+    STD_TORCH_CHECK(!std::isnan(layers[n - 1].clamp.low), op, ": y: expected none without an activation");
+    y = as_rows(*y);
+  }
   std::vector<Norm> norms;
   for (int64_t i = 0; i < n; ++i)
     norms.emplace_back(op, convolved[i], statistics[2 * i], statistics[2 * i + 1], layers[i].norm_weight,
@@ -429,12 +424,12 @@ std::tuple<Tensor, Tensor> conv_chain_backward(
     Norm& last = norms[n - 1];
     const Tensor& c = convolved[n - 1];
     Tensor g = as_rows(grad), dresidual = torch::stable::new_empty(x, {0});
-    const bool split = had_residual && last.has_activation(), masked = last.has_activation() && !split;
+    const bool split = y.has_value(), masked = last.has_activation() && !split;
     Rows<const T> output{nullptr, 0};
     Rows<T> into{nullptr, 0};
     if (split) {
-      dresidual = torch::stable::empty_like(y);
-      output = rows_of<T>(y, 1);
+      dresidual = new_images(c, c.size(1), c.size(2), c.size(3));
+      output = rows_of<T>(std::as_const(*y), 1);
       into = rows_of<T>(dresidual, 1);
     }
     norm_reduce<T>(last.tasks(), rows_of<T>(std::as_const(g), 1), rows_of<T>(c, 1), output, into, last.mean, last.rstd,
@@ -442,12 +437,16 @@ std::tuple<Tensor, Tensor> conv_chain_backward(
                    norm_gradient(n - 1, 2), last.slope.data(), last.offset.data());
     if (split) g = dresidual;
 
-    // Through the convolutions, the last first. What the first one gives is added to the residual's gradient where it can be.
+    // Through the convolutions, the last first. What the first gives is added to the residual's gradient where it can be.
     const Tensor of_residual = split ? dresidual : g;
     const bool add = need_grad_x && residual_is_x;
-    const bool add_in_place =
-        add && n > 1 && (how<T>(layers[0], in, nullptr) == How::winograd || how<T>(layers[0], in, nullptr) == How::pointwise);
-    Tensor sum = add_in_place && !split ? torch::stable::clone(dense(g)) : of_residual;
+    const How first_is = how<T>(layers[0], in, nullptr);
+    const bool add_in_place = add && n > 1 && (first_is == How::winograd || first_is == How::pointwise);
+    Tensor sum = of_residual;
+    if (add_in_place && !split) {  // grad is not ours to write to
+      sum = new_images(c, c.size(1), c.size(2), c.size(3));
+      torch::stable::copy_(sum, g);
+    }
     for (int64_t i = n - 1; i >= 0; --i) {
       const bool first = i == 0;
       const Tensor from = g;

@@ -308,7 +308,7 @@ struct Strips {
 
 // The rows of the input that rows of the output read.
 Range rows_read(const Geometry& g, Range out) {
-  const int64_t begin = std::max<int64_t>(out.begin * g.stride - g.padding, 0);
+  const int64_t begin = std::clamp<int64_t>(out.begin * g.stride - g.padding, 0, g.in);
   return {begin, std::clamp((out.end - 1) * g.stride - g.padding + g.dilation * (g.kernel - 1) + 1, begin, g.in)};
 }
 

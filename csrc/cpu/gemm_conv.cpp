@@ -24,9 +24,8 @@
 namespace us3l {
 namespace {
 
-// The blocks a thread works on: a few hundred KiB each, of what lies in its L2 cache.
-constexpr int64_t kBlock = 64 << 10, kTile = 128 << 10;  // floats
-constexpr int64_t kMostRows = 112, kLeastRows = 56;       // sharing what is read of the right side
+// The tile of a gradient that a thread works on stays in its L2 cache.
+constexpr int64_t kTile = 128 << 10;  // floats
 
 // The kernels for images of T, of which a word holds so many.
 template <class T>

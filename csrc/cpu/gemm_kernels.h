@@ -21,6 +21,9 @@ struct Panels {
   std::int64_t panel, row;
 };
 
+// The rows of a block share what they read of the right side, and a block of a few hundred KiB stays in the L2 cache.
+constexpr std::int64_t kMostRows = 112, kLeastRows = 56, kBlock = 64 << 10;  // the last in floats
+
 struct GemmKernels {
   std::int64_t lanes;  // columns to a panel
 

@@ -6,8 +6,7 @@
 namespace us3l {
 namespace {
 
-constexpr int64_t kMostRows = 112, kLeastRows = 56;  // to a block; sharing what is read of the right side
-constexpr int64_t kBlock = 64 << 10, kWeight = 160 << 10, kSums = 32 << 10;  // floats
+constexpr int64_t kWeight = 160 << 10, kSums = 32 << 10;  // floats
 
 int64_t rows_of_block(int64_t columns) { return std::clamp(kBlock / columns, kLeastRows, kMostRows); }
 

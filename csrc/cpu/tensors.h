@@ -28,11 +28,11 @@ inline std::string shape_of(const Tensor& t) {
   return text + "]";
 }
 
-inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of x");
+inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x, const char* other = "x") {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, ": expected the dtype of ", other);
   const auto a = t.sizes(), b = x.sizes();
   STD_TORCH_CHECK(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()), op, ": ", name,
-                  ": expected the shape of x, ", shape_of(x), ", got ", shape_of(t));
+                  ": expected the shape of ", other, ", ", shape_of(x), ", got ", shape_of(t));
 }
 
 inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t channels) {

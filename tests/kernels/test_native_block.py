@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import us3l_kernels
 from us3l_kernels import _native, fused, gradients, set_width, tune, views
@@ -534,6 +536,71 @@ def test_the_tuner_sees_the_operations(chains: list[int]) -> None:
     assert {call[0] for call, _ in calls} == {"conv2d", "batch_norm"}
 
 
+class Seen(TorchDispatchMode):
+    """The names of all operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_operations(chains: list[int]) -> None:
+    block, x, residual, _ = CASES["bottleneck"].inputs()
+    chains.clear()
+    with Seen() as seen:
+        block(x, residual)
+    assert not chains and {"us3l::conv2d", "us3l::batch_norm"} <= seen.names
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("layers", KINDS.values(), ids=KINDS)
+def test_tracers_and_fake_tensors_see_the_modules(layers: list[Layer], chains: list[int]) -> None:
+    block, x, residual, _ = Case(48, layers, "another", (4, 8, 8), 1).inputs()
+    chains.clear()
+    traced = torch.jit.trace(block, (x, residual), check_trace=False)
+    assert torch.equal(traced(x, residual), one_by_one(block, x, residual))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = block(mode.from_tensor(x), mode.from_tensor(residual))
+    assert fake.shape == residual.shape and not chains
+
+
+@pytest.mark.parametrize("strides", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("layers", KINDS.values(), ids=KINDS)
+def test_hooks_on_saved_tensors(layers: list[Layer], strides: torch.memory_format, chains: list[int]) -> None:
+    """What they hand back is what the backward computes with, whatever its strides."""
+
+    def packed(t: Tensor) -> Tensor:
+        return t.detach().clone(memory_format=strides if t.dim() == 4 else torch.contiguous_format)
+
+    block, x, residual, upstream, expected = Case(48, layers, "x", (4, 8, 8), 2).drawn()
+    given = leaf(x)
+    with views(2), torch.autograd.graph.saved_tensors_hooks(packed, lambda t: t):
+        y = block(given, given)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(1)
+    chains_before = list(chains)
+    y.backward(upstream)
+    assert chains_before
+    assert_close(gathered(y, given, given, list(block.parameters())), expected, 1e-5)
+
+
+def test_a_result_that_the_backward_does_not_need_may_change(chains: list[int]) -> None:
+    block, x, residual, upstream, expected = Case(48, KINDS["inverted"], "x", (4, 8, 8), 2).drawn()
+    given = leaf(x)
+    with views(2):
+        y = block(given, given)
+    y.add_(1)
+    y.backward(upstream)
+    given_back = gathered(y - 1, given, given, list(block.parameters()))
+    assert chains
+    assert_close(given_back, expected, 1e-5)
+
+
 def test_calibrated_statistics_are_forgotten_in_training(chains: list[int]) -> None:
     block = Block(24, basic(24))
     _evaluate(block)
@@ -636,8 +703,8 @@ DIRECT: dict[str, tuple[dict[str, Any], str]] = {
     "short norm": (parameters_of(norm_weight=torch.ones(8)), "norm weight: expected .* at least 16 elements"),
     "double norm": (parameters_of(norm_bias=torch.ones(16).double()), "norm bias: expected .*float32"),
     "views": ({"views": 3}, "views: expected a divisor of the batch of 4, got 3"),
-    "residual": ({"residual": images(4, 16, 8, 7)}, "residual: expected the shape of x"),
-    "residual's dtype": ({"residual": images(4, 16, 8, 8).bfloat16()}, "residual: expected the dtype of x"),
+    "residual": ({"residual": images(4, 16, 8, 7)}, "residual: expected the shape of the result"),
+    "residual's dtype": ({"residual": images(4, 16, 8, 8).bfloat16()}, "residual: expected the dtype of the result"),
     "transformed filters": ({"filters": [torch.ones(5)]}, "filters: expected a float32 vector of .*, got .5."),
 }
 
@@ -652,15 +719,15 @@ BACKWARD: dict[str, tuple[dict[str, Any], str]] = {
     "no result": ({"convolved": []}, "expected a result, two statistics and three gradients"),
     "no statistics": ({"statistics": []}, "expected a result, two statistics and three gradients"),
     "few gradients": ({"gradients": [None]}, "expected a result, two statistics and three gradients"),
-    "shape of grad": ({"grad": images(4, 8, 8, 8)}, "grad: expected the shape of x"),
+    "shape of grad": ({"grad": images(4, 8, 8, 8)}, "grad: expected the shape of the result"),
     "shape of a result": ({"convolved": [images(4, 8, 8, 8)]}, "convolved: expected the results of the forward"),
     "dtype of a result": ({"convolved": [images(4, 16, 8, 8).double()]}, "convolved: expected the results"),
     "shape of the statistics": ({"statistics": [torch.zeros(1, 16), torch.zeros(1, 8)]}, "expected float32 .1, 16."),
     "vectors for statistics": ({"statistics": [torch.zeros(16)] * 2}, "views: expected a divisor of the batch of 4"),
-    "y": ({"y": images(4, 8, 8, 8), "grad": images(4, 8, 8, 8)}, "y: expected the shape of x"),
+    "y": ({"y": images(4, 8, 8, 8), "grad": images(4, 8, 8, 8)}, "grad: expected the shape of the result"),
     "x": ({"x": images(4, 16, 9, 8)}, "convolved: expected the results of the forward"),
     "gradient's filters": ({"gradients": [torch.zeros(16, 16, 1, 1), None, None]}, "gradients: expected float32"),
-    "dtype of grad": ({"grad": images(4, 16, 8, 8).double()}, "grad: expected the dtype of x"),
+    "dtype of grad": ({"grad": images(4, 16, 8, 8).double()}, "grad: expected the dtype of the result"),
     "small gradient": ({"gradients": [torch.zeros(8, 16, 3, 3), None, None]}, "got .8, 16, 3, 3."),
     "short gradient": ({"gradients": [None, torch.zeros(4), None]}, "gradient of a norm's weight: expected"),
 }
@@ -672,6 +739,6 @@ def test_the_backward_names_what_is_wrong(changes: dict[str, Any], message: str)
     y, convolved, statistics = torch.ops.us3l_native.conv_chain(**given)
     kept = {name: given[name] for name in ("x", "parameters", "filters", "sizes", "eps")}
     kept |= {"y": y, "convolved": convolved, "statistics": statistics, "grad": torch.randn_like(y)}
-    kept |= {"gradients": [None] * 3, "need_grad_x": True, "had_residual": False, "residual_is_x": False}
+    kept |= {"gradients": [None] * 3, "need_grad_x": True, "residual_is_x": False}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.us3l_native.conv_chain_backward(**{**kept, **changes})

@@ -32,9 +32,18 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, residual: Tensor | No
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module is calling its forward and nothing else."""
+    """Whether calling the module is calling its class's forward and nothing else."""
+    of_all = nn.modules.module
     return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or of_all._global_forward_hooks
+        or of_all._global_forward_pre_hooks
+        or of_all._global_backward_hooks
+        or of_all._global_backward_pre_hooks
+        or "forward" in vars(module)
     )
 
 

@@ -11,6 +11,7 @@ from us3l_kernels import fused
 from us3l_kernels.backends import choose, measured
 from us3l_kernels.backends.native import algorithm_of, in_pairs, is_depthwise
 from us3l_kernels.layout import convolved
+from us3l_kernels.library import is_plain_call
 from us3l_kernels.nn.batch_norm import SlicedBatchNorm2d
 from us3l_kernels.nn.conv_norm import conv_norm, is_plain_conv, is_plain_norm
 from us3l_kernels.width import current_views
@@ -22,7 +23,8 @@ def residual_block(x: Tensor, residual: Tensor | None, *layers: nn.Module) -> Te
 
     In training on a CPU with the native kernels it is one operation (`us3l_kernels.fused`), as long as nothing but
     their result is asked of the modules: no hooks, no running statistics, no synchronised or calibrating norms, no
-    torch.compile, no tuner that measures operations one by one. Otherwise they are called in pairs: `conv_norm`.
+    torch.compile, no other tracer, mode or subclass of Tensor, no tuner that measures operations one by one. Otherwise
+    they are called in pairs: `conv_norm`.
 
     Raises ValueError if the modules are not pairs.
     """
@@ -45,7 +47,9 @@ def _chain(
 ) -> list[fused.ChainLayer] | None:
     """What the one operation is told; None if it is not to run. Bad input is the modules': they say what is wrong."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    if torch.compiler.is_compiling() or measured.is_observed() or x.dtype != dtype or x.dim() != 4 or x.numel() == 0:
+    if not is_plain_call((x, residual)) or measured.is_observed():  # someone wants to see the operations
+        return None
+    if x.dtype != dtype or x.dim() != 4 or x.numel() == 0:
         return None
     # What holds for one of the norms holds for all.
     norm, normalisation = pairs[0][1], {"training": True, "views": current_views(), "residual": False}
@@ -73,7 +77,9 @@ def _layer(x: Tensor, conv: nn.Module, norm: nn.Module) -> fused.ChainLayer | No
     """A convolution of x and its norm, if these modules as they stand do nothing else, and native kernels run it."""
     if not (is_plain_conv(conv) and is_plain_norm(norm)) or isinstance(conv.padding, str) or conv.dilation != (1, 1):
         return None
-    depthwise, views = is_depthwise(conv.weight, conv.groups), current_views()
+    # A parametrization computes its parameter whenever it is asked for it.
+    weight, norm_weight, norm_bias = conv.weight, norm.weight, norm.bias
+    depthwise, views = is_depthwise(weight, conv.groups), current_views()
     if conv.groups > 1 and not depthwise:
         return None
     channels = x.size(1) if depthwise else conv.active_out_channels
@@ -81,20 +87,21 @@ def _layer(x: Tensor, conv: nn.Module, norm: nn.Module) -> fused.ChainLayer | No
     fits = 1 <= x.size(1) <= conv.in_channels and channels <= norm.num_features and min(size) >= 1
     if not fits or x.size(0) % views or x.size(0) // views * size[0] * size[1] <= 1:
         return None
-    if norm.weight is None or {conv.weight.dtype, norm.weight.dtype, norm.bias.dtype} != {torch.float32}:
+    parameters = (weight, norm_weight, norm_bias)
+    if any(type(p) not in (Tensor, nn.Parameter) or p.dtype != torch.float32 for p in parameters):
         return None
     geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
-    algorithm = algorithm_of(x, conv.weight, **geometry, groups=conv.groups)
-    if algorithm == "product" and x.dtype != torch.float32 and not in_pairs(x, conv.weight, channels, conv.groups):
+    algorithm = algorithm_of(x, weight, **geometry, groups=conv.groups)
+    if algorithm == "product" and x.dtype != torch.float32 and not in_pairs(x, weight, channels, conv.groups):
         return None
     # In the order of functional.conv2d: what was measured is found by it.
     convolution = {"out_channels": channels, "groups": conv.groups, **geometry}
-    if choose("conv2d", x, conv.weight, **convolution) != "native":
+    if choose("conv2d", x, weight, **convolution) != "native":
         return None
     return fused.ChainLayer(
-        conv.weight,
-        norm.weight,
-        norm.bias,
+        weight,
+        norm_weight,
+        norm_bias,
         algorithm,
         channels,
         conv.stride,
