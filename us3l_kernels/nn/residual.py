@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from us3l_kernels.backends.native import algorithm_of, in_pairs, is_depthwise
 from us3l_kernels.layout import convolved
 from us3l_kernels.library import is_plain_call
 from us3l_kernels.nn.batch_norm import SlicedBatchNorm2d
+from us3l_kernels.nn.conv import SlicedConv2d
 from us3l_kernels.nn.conv_norm import conv_norm, is_plain_conv, is_plain_norm
 from us3l_kernels.width import current_views
 
@@ -31,10 +33,9 @@ def residual_block(x: Tensor, residual: Tensor | None, *layers: nn.Module) -> Te
     if not layers or len(layers) % 2:
         raise ValueError(f"layers: expected a norm behind each convolution, got {len(layers)} modules")
     pairs = list(zip(layers[::2], layers[1::2], strict=True))
-    if x.device.type == "cpu" and (chain := _chain(x, residual, pairs)) is not None:
-        for norm in layers[1::2]:
-            assert isinstance(norm, SlicedBatchNorm2d)
-            norm.forget_calibration()
+    if _are_plain(pairs) and x.is_cpu and (chain := _chain(x, residual, pairs)) is not None:
+        for _, plain_norm in pairs:
+            plain_norm.forget_calibration()
         return fused.conv_chain(x, residual, chain, current_views())
     *first, (last_conv, last_norm) = pairs
     for conv, norm in first:
@@ -42,8 +43,15 @@ def residual_block(x: Tensor, residual: Tensor | None, *layers: nn.Module) -> Te
     return conv_norm(x, last_conv, last_norm, residual)
 
 
+def _are_plain(
+    pairs: Sequence[tuple[nn.Module, nn.Module]],
+) -> TypeGuard[Sequence[tuple[SlicedConv2d, SlicedBatchNorm2d]]]:
+    """Whether these modules, as they stand, do nothing else. It is asked before x, which torch.fx may not have."""
+    return all(is_plain_conv(conv) and is_plain_norm(norm) for conv, norm in pairs)
+
+
 def _chain(
-    x: Tensor, residual: Tensor | None, pairs: Sequence[tuple[nn.Module, nn.Module]]
+    x: Tensor, residual: Tensor | None, pairs: Sequence[tuple[SlicedConv2d, SlicedBatchNorm2d]]
 ) -> list[fused.ChainLayer] | None:
     """What the one operation is told; None if it is not to run. Bad input is the modules': they say what is wrong."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
@@ -53,8 +61,6 @@ def _chain(
         return None
     # What holds for one of the norms holds for all.
     norm, normalisation = pairs[0][1], {"training": True, "views": current_views(), "residual": False}
-    if not is_plain_norm(norm):
-        return None
     if choose("batch_norm", x, norm.weight, **normalisation, activation=norm.activation) != "native":
         return None
     chain: list[fused.ChainLayer] = []
@@ -73,9 +79,9 @@ def _chain(
     return chain
 
 
-def _layer(x: Tensor, conv: nn.Module, norm: nn.Module) -> fused.ChainLayer | None:
-    """A convolution of x and its norm, if these modules as they stand do nothing else, and native kernels run it."""
-    if not (is_plain_conv(conv) and is_plain_norm(norm)) or isinstance(conv.padding, str) or conv.dilation != (1, 1):
+def _layer(x: Tensor, conv: SlicedConv2d, norm: SlicedBatchNorm2d) -> fused.ChainLayer | None:
+    """A convolution of x and its norm, if the native kernels run it."""
+    if isinstance(conv.padding, str) or conv.dilation != (1, 1):
         return None
     # A parametrization computes its parameter whenever it is asked for it.
     weight, norm_weight, norm_bias = conv.weight, norm.weight, norm.bias
