@@ -311,8 +311,8 @@ Tensor convolve_backward(const char* op, const Layer& layer, const LayerBackward
     }
     if (done_as == How::depthwise) {
       std::optional<Tensor> dw = work.dw;
-      depthwise_backward({x, work.norm_of_x, layer.weight, layer.stride, layer.padding, work.c.size(2), work.c.size(3),
-                          dy, dw ? &*dw : nullptr, work.need_dx ? &dx : nullptr,
+      depthwise_backward({x, work.norm_of_x, layer.weight, layer.stride, layer.padding, dy,
+                          dw ? &*dw : nullptr, work.need_dx ? &dx : nullptr,
                           work.need_dx ? sums_of(depthwise_parts(x.size(0))) : RowsDone{}});
       return finish();
     }

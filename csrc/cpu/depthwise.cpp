@@ -293,15 +293,14 @@ constexpr int64_t kStrip = 48 << 10;  // floats
 
 // A cut of images into strips of rows of the output, so that the rows of the input under each fit.
 struct Strips {
-  int64_t images, height, of_image;
+  int64_t height, of_image, input;  // input: floats under a strip at most
 
-  Strips(int64_t images, const Geometry& rows, int64_t row_of_input)
-      : images(images), height(rows.out) {
+  Strips(const Geometry& rows, int64_t row_of_input)
+      : height(rows.out), input(kStrip + row_of_input * (rows.kernel + 1)) {
     const int64_t fit = kStrip / row_of_input - rows.dilation * (rows.kernel - 1) - 1;
     of_image = divide_up(height, std::clamp<int64_t>(fit / rows.stride + 1, 1, height));
   }
 
-  int64_t count() const { return images * of_image; }
   int64_t image(int64_t i) const { return i / of_image; }
   Range rows(int64_t i) const { return part(height, i % of_image, of_image); }
 };
@@ -347,12 +346,12 @@ void depthwise_forward(const Tensor& x, const Norm* norm, const Tensor& weight, 
   const auto kernels = depthwise_kernels<float>();
   const Correlation correlation(forward_phases(rows), forward_phases(columns), weight, channels);
   const std::vector<float> no_bias(channels);
-  const Strips strips(images, rows, columns.in * channels);
+  const Strips strips(rows, columns.in * channels);
   const auto in = rows_of<float>(x, 1);
   const auto out = rows_of<float>(y, 1);
   const int64_t parts = depthwise_parts(images);
   parallel(parts, [&](int64_t i) {
-    const Scratch memory(Scratch::kInput, norm == nullptr ? 0 : kStrip + columns.in * channels * (rows.kernel + 1));
+    const Scratch memory(Scratch::kInput, norm == nullptr ? 0 : strips.input);
     for_parts(part(images, i, parts), 1, [&](Range own) {
       for (int64_t strip = own.begin * strips.of_image; strip < own.end * strips.of_image; ++strip) {
         const int64_t image = strips.image(strip);
@@ -380,7 +379,7 @@ void depthwise_backward(const DepthwiseBackward& work) {
   std::optional<Correlation> adjoint;
   if (work.dx != nullptr) adjoint.emplace(adjoint_phases(rows), adjoint_phases(columns), work.weight, channels);
   const std::vector<float> zero(channels);
-  const Strips strips(images, rows, columns.in * channels);
+  const Strips strips(rows, columns.in * channels);
   const auto in = rows_of<float>(work.x, 1);
   const Rows<float> dx = work.dx != nullptr ? rows_of<float>(*work.dx, 1) : Rows<float>{nullptr, 0};
 
@@ -397,9 +396,7 @@ void depthwise_backward(const DepthwiseBackward& work) {
   const int64_t parts = depthwise_parts(images);
   std::vector<double> totals(work.dw ? parts * taps * channels : 0);
   parallel(parts, [&](int64_t i) {
-    const Scratch input(Scratch::kInput, work.norm_of_x == nullptr || work.dw == nullptr
-                                             ? 0
-                                             : kStrip + columns.in * channels * (rows.kernel + 1));
+    const Scratch input(Scratch::kInput, work.norm_of_x == nullptr || work.dw == nullptr ? 0 : strips.input);
     const Scratch gradient(Scratch::kOutput, most * columns.out * channels);
     std::optional<FilterGradient<float>> sums;
     if (work.dw)

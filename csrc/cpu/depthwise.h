@@ -20,8 +20,7 @@ struct DepthwiseBackward {
   const Norm* norm_of_x;  // the convolution's input is norm(x)
   const Tensor& weight;
   const std::vector<int64_t>&stride, &padding;
-  int64_t height, width;     // of the output
-  OutputGradient<float> dy;  // its gradient is that of a norm's input
+  OutputGradient<float> dy;  // its output's gradient is that of a norm's input
   Tensor* dw;                // added to, unless null
   Tensor* dx;                // dense; not computed if null
   RowsDone done;             // hears of dx's rows

@@ -19,6 +19,7 @@
 
 #include "../ops.h"
 #include "gemm_kernels.h"
+#include "packed_filters.h"
 #include "scratch.h"
 
 namespace us3l {
@@ -176,33 +177,11 @@ void scatter(const Gemm<T>& gemm, const float* block, int64_t row, Range points,
 
 // ---------------------------------------------------------------------------------------------- products
 
-// The weight's filters at the taps, packed: [panels][taps][depth][lanes]. From `depth` channels to `columns` channels,
-// whose distances in the weight are given.
-class PackedFilters {
- public:
-  PackedFilters(const GemmKernels& gemm, const std::vector<Tap>& taps, int64_t depth, int64_t columns, Matrix filters)
-      : depth_(depth),
-        lanes_(gemm.lanes),
-        panel_(static_cast<int64_t>(taps.size()) * depth * lanes_),
-        memory_(Scratch::kFilters, divide_up(columns, lanes_) * panel_) {
-    float* const data = memory_.data();
-    const int64_t count = taps.size();
-    parallel_if_large(divide_up(columns, lanes_) * panel_, divide_up(columns, lanes_) * count, [&](int64_t i) {
-      const int64_t panel = i / count, tap = i % count, lane = panel * lanes_;
-      const float* const from = filters.data + taps[tap].filter + lane * filters.column;
-      gemm.pack(depth, std::min(lanes_, columns - lane), {from, filters.row, filters.column},
-                data + panel * panel_ + tap * depth * lanes_, panel_);
-    });
-  }
-
-  Panels at(int64_t panel, int64_t tap) const {
-    return {memory_.data() + panel * panel_ + tap * depth_ * lanes_, panel_, lanes_};
-  }
-
- private:
-  int64_t depth_, lanes_, panel_;
-  Scratch memory_;
-};
+std::vector<int64_t> filters_at(const std::vector<Tap>& taps) {
+  std::vector<int64_t> places;
+  for (const Tap& tap : taps) places.push_back(tap.filter);
+  return places;
+}
 
 // A weight whose channels of one kind, those that the products sum over, are words.
 enum class Summed { in, out };
@@ -327,7 +306,7 @@ void convolve(const Images<const T>& x, const Weight<const float>& weight, const
   const WordWeight<T> words(gemm, weight, Summed::in);
   const Weight<const float>& w = words.weight;
   const Samples samples{words_of(x), g.stride, y.height, y.width, all_taps(g, w.height, w.width, w.row, w.column)};
-  const PackedFilters filters(gemm, samples.taps, w.in, w.out, {w.data, w.in_distance, w.out_distance});
+  const PackedFilters filters(gemm, filters_at(samples.taps), w.in, w.out, {w.data, w.in_distance, w.out_distance});
   multiply<T>(gemm, samples, filters, bias, {y, {0, 0}, {1, 1}, y.height, y.width});
 }
 
@@ -352,7 +331,7 @@ void convolve_input_gradient(const Images<const T>& dy, const Weight<const float
                        [&](Range p) { scatter<T>(gemm, zeros.data(), 0, p, results); });
         continue;
       }
-      const PackedFilters filters(gemm, samples.taps, w.out, w.in, {w.data, w.out_distance, w.in_distance});
+      const PackedFilters filters(gemm, filters_at(samples.taps), w.out, w.in, {w.data, w.out_distance, w.in_distance});
       multiply<T>(gemm, samples, filters, nullptr, results);
     }
   }

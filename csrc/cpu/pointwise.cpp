@@ -1,6 +1,7 @@
 #include "pointwise.h"
 
 #include "gemm_kernels.h"
+#include "packed_filters.h"
 #include "scratch.h"
 
 namespace us3l {
@@ -9,24 +10,6 @@ namespace {
 constexpr int64_t kWeight = 160 << 10, kSums = 32 << 10;  // floats
 
 int64_t rows_of_block(int64_t columns) { return std::clamp(kBlock / columns, kLeastRows, kMostRows); }
-
-// A matrix of depth x columns, packed.
-struct PackedWeight {
-  PackedWeight(const GemmKernels& gemm, int64_t depth, int64_t columns, Matrix from)
-      : memory(Scratch::kFilters, divide_up(columns, gemm.lanes) * gemm.lanes * depth),
-        panels{memory.data(), depth * gemm.lanes, gemm.lanes} {
-    const int64_t count = divide_up(columns, gemm.lanes);
-    parallel_if_large(depth * columns, count, [&](int64_t i) {
-      const int64_t column = i * gemm.lanes;
-      gemm.pack(depth, std::min(gemm.lanes, columns - column),
-                {from.data + column * from.column, from.row, from.column}, memory.data() + i * panels.panel,
-                panels.panel);
-    });
-  }
-
-  Scratch memory;
-  Panels panels;
-};
 
 Matrix rows_from(Rows<const float> x, int64_t row) { return {x.data + row * x.stride, x.stride, 1}; }
 
@@ -43,7 +26,7 @@ int64_t pointwise_parts(int64_t rows) { return balanced_parts(rows, kMostRows); 
 void pointwise_forward(int64_t rows, Rows<const float> x, const Norm* norm, const PointwiseWeight& w, Rows<float> y,
                        const RowsDone& done) {
   const GemmKernels gemm = gemm_kernels();
-  const PackedWeight weight(gemm, w.in, w.out, {w.data, w.in_distance, w.out_distance});
+  const PackedFilters filters(gemm, {0}, w.in, w.out, {w.data, w.in_distance, w.out_distance});
   const int64_t parts = pointwise_parts(rows), row = row_of(w.in);
   parallel(parts, [&](int64_t i) {
     const Range own = part(rows, i, parts);
@@ -55,7 +38,7 @@ void pointwise_forward(int64_t rows, Rows<const float> x, const Norm* norm, cons
         normalise_rows(*norm, x, p, {input.data(), row});
         a = {input.data(), row, 1};
       }
-      gemm.multiply(p.end - p.begin, w.out, w.in, a, weight.panels, y.data + p.begin * y.stride, y.stride, false);
+      gemm.multiply(p.end - p.begin, w.out, w.in, a, filters.at(0, 0), y.data + p.begin * y.stride, y.stride, false);
       done(i, p);
     });
   });
@@ -65,8 +48,9 @@ void pointwise_backward(int64_t rows, const PointwiseBackward& work) {
   const GemmKernels gemm = gemm_kernels();
   const PointwiseWeight& w = work.w;
   const Rows<float> dx = work.dx;
-  std::optional<PackedWeight> weight;
-  if (dx.data != nullptr) weight.emplace(gemm, w.out, w.in, Matrix{w.data, w.out_distance, w.in_distance});
+  std::optional<PackedFilters> filters;
+  if (dx.data != nullptr)
+    filters.emplace(gemm, std::vector<int64_t>{0}, w.out, w.in, Matrix{w.data, w.out_distance, w.in_distance});
 
   // A row of few columns on the right side is read for few products: then the sums are turned. Parts have sums of their
   // own: small ones for several to a thread, so that threads stay in balance.
@@ -89,8 +73,8 @@ void pointwise_backward(int64_t rows, const PointwiseBackward& work) {
       const int64_t count = p.end - p.begin;
       input_gradient_rows(work.dy, p, {gradient.data(), dy_row});
       if (dx.data != nullptr) {
-        gemm.multiply(count, w.in, w.out, {gradient.data(), dy_row, 1}, weight->panels, dx.data + p.begin * dx.stride,
-                      dx.stride, work.add_to_dx);
+        gemm.multiply(count, w.in, w.out, {gradient.data(), dy_row, 1}, filters->at(0, 0),
+                      dx.data + p.begin * dx.stride, dx.stride, work.add_to_dx);
         if (work.done) work.done(i, p);
       }
       if (work.dw == nullptr) return;

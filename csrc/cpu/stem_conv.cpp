@@ -12,6 +12,7 @@
 
 #include "gemm_conv.h"
 #include "gemm_kernels.h"
+#include "packed_filters.h"
 #include "scratch.h"
 
 namespace us3l {
@@ -77,14 +78,10 @@ bool is_stem(int64_t channels, int64_t out, int64_t kernel_width, const Geometry
 void convolve_stem(const Images<const float>& x, const Weight<const float>& w, const float* bias, const Geometry& g,
                    const Images<float>& y) {
   const GemmKernels gemm = gemm_kernels();
-  const int64_t run = w.width * w.in, depth = w.height * run, lanes = gemm.lanes, panels = round_up(w.out, lanes) / lanes;
-  const Scratch filters(Scratch::kFilters, panels * depth * lanes);
-  for (int64_t panel = 0; panel < panels; ++panel)
-    for (int64_t tap = 0; tap < w.height * w.width; ++tap)
-      gemm.pack(w.in, std::min(lanes, w.out - panel * lanes),
-                {w.data + panel * lanes * w.out_distance + tap / w.width * w.row + tap % w.width * w.column,
-                 w.in_distance, w.out_distance},
-                filters.data() + (panel * depth + tap * w.in) * lanes, 0);
+  const int64_t run = w.width * w.in;
+  std::vector<int64_t> taps;
+  for (int64_t i = 0; i < w.height * w.width; ++i) taps.push_back(i / w.width * w.row + i % w.width * w.column);
+  const PackedFilters filters(gemm, taps, w.in, w.out, {w.data, w.in_distance, w.out_distance});
   const int64_t rows = y.count * y.height, parts = balanced_parts(rows, 1);
   parallel(parts, [&](int64_t i) {
     Band band(gemm, x, g, w.height, 1);
@@ -92,8 +89,8 @@ void convolve_stem(const Images<const float>& x, const Weight<const float>& w, c
       band.fill(n, r);
       float* const c = y.data + n * y.image + r.begin * y.row;
       if (bias != nullptr) gemm.copy_rows(y.width, w.out, bias, 0, c, y.pixel);
-      gemm.multiply(y.width, w.out, depth, {band.data(), band.point(), 1, run, band.taps()},
-                    {filters.data(), depth * lanes, lanes}, c, y.pixel, bias != nullptr);
+      gemm.multiply(y.width, w.out, w.height * run, {band.data(), band.point(), 1, run, band.taps()}, filters.at(0, 0),
+                    c, y.pixel, bias != nullptr);
     });
   });
 }
