@@ -24,10 +24,12 @@ US3L_INLINE void for_vectors(const Channels& channels, const F& f) {
 
 // What P neighbouring outputs of a row read of a row of the input, K neighbouring taps at a time.
 //
-// Where K > 1, those are all the taps, the columns under them lie side by side, and the stride is S. K = 1 (with S = 1)
-// serves every other geometry: the columns under one tap are the stride apart.
+// Where K > 1, those are all the taps, the columns under them lie side by side, the stride is S, and only the outermost
+// K / 2 columns may lie outside of the image. K = 1 (with S = 1) serves everything else: the columns under one tap are the
+// stride apart.
 template <class T, int K, int S, int P>
 struct Columns {
+  static constexpr int kCount = (P - 1) * S + K;
   std::int64_t unit, tap, first, size, pixel;  // the distance of two columns, and of two taps, in pixels
 
   Columns(const Axis& axis, std::int64_t output, std::int64_t pixel)
@@ -37,42 +39,76 @@ struct Columns {
         size(axis.size),
         pixel(pixel) {}
 
+  static bool serve(const Axis& axis, std::int64_t output) {
+    const std::int64_t first = output * axis.stride + axis.offset;
+    return K == 1 || (first + K / 2 >= 0 && first + kCount - K / 2 <= axis.size);
+  }
+
   // Calls f(k, p, v) for tap t + k and output p, where their input v is in the image.
   template <int W, class F>
   US3L_INLINE void visit(const T* row, std::int64_t t, const F& f) const {
     const std::int64_t column = first + t * tap;
     const T* const in = row + column * pixel;
     US3L_UNROLL
-    for (int j = 0; j < (P - 1) * S + K; ++j) {
-      if (static_cast<std::uint64_t>(column + j * unit) >= static_cast<std::uint64_t>(size)) continue;
+    for (int j = 0; j < kCount; ++j) {
+      const bool outermost = K == 1 || j < K / 2 || j >= kCount - K / 2;
+      if (outermost && static_cast<std::uint64_t>(column + j * unit) >= static_cast<std::uint64_t>(size)) continue;
       const Float<W> v = load<W>(in + j * unit * pixel);
       US3L_UNROLL
       for (int k = 0; k < K; ++k)
         if (j >= k && (j - k) % S == 0 && (j - k) / S < P) f(k, (j - k) / S, v);
     }
   }
-
-  // Asks for these columns of the row after the window, which the next output row reads: they are new to the cache, and
-  // too far apart for the hardware to foresee. With other strides it did not pay.
-  US3L_INLINE void prefetch(const T* row) const {
-    if constexpr (S == 1 && K > 1) {
-      US3L_UNROLL
-      for (int p = 0; p < P; ++p) __builtin_prefetch(row + (first + p) * pixel);
-    }
-  }
 };
+
+// Asks for memory that the row after the next will need, line by line, a part at a time: evenly, between the work on
+// this row, and far enough ahead for it to come from memory into the L2 cache. The hardware does not foresee it: what a
+// vector of channels reads lies a pixel apart.
+template <class T, bool kWritten>
+class Ahead {
+ public:
+  Ahead(T* from, std::int64_t count, std::int64_t parts)
+      : at_(reinterpret_cast<std::uintptr_t>(from)), end_(reinterpret_cast<std::uintptr_t>(from + count)) {
+    bytes_ = ((end_ - at_) / parts + kLine) / kLine * kLine;
+  }
+  US3L_INLINE void next() {
+    const std::uintptr_t end = at_ + bytes_ < end_ ? at_ + bytes_ : end_;
+    for (; at_ < end; at_ += kLine) __builtin_prefetch(reinterpret_cast<const void*>(at_), kWritten, 2);
+  }
+
+ private:
+  static constexpr std::uintptr_t kLine = 64;
+  std::uintptr_t at_, end_, bytes_;
+};
+
+// The rows of the input that are new in the window after the next. (Only of dense pixels: others have more between.)
+template <class T>
+US3L_INLINE Ahead<const T, false> ahead_of(const Axis& axis, const Window<T>& x, std::int64_t channels,
+                                           std::int64_t parts) {
+  const std::int64_t stride = axis.stride, dense = x.pixel == channels;
+  return {x.data + (x.rows + stride) * x.row, dense * stride * axis.size * channels, parts};
+}
+
+// The row of the output, or of its gradient, after the next.
+template <bool kWritten, class T>
+US3L_INLINE Ahead<T, kWritten> ahead_of(const Line<T>& y, std::int64_t channels, std::int64_t parts) {
+  const std::int64_t row = (y.pixel == channels) * y.count * channels;
+  return {y.data + 2 * row, row, parts};
+}
 
 template <class T, int W, int K, int S, int P>
 void correlate_block(const Axis& axis, const Window<T>& x, const float* filters, const float* bias, const Line<T>& y,
-                     std::int64_t output, std::int64_t channels) {
+                     std::int64_t output, std::int64_t channels, Ahead<const T, false>& ahead_of_x,
+                     Ahead<T, true>& ahead_of_y) {
   const Columns<T, K, S, P> columns(axis, output, x.pixel);
   for_vectors<W>({0, channels, channels}, US3L_LAMBDA(std::int64_t c, std::int64_t) {
     Float<W> sum[P];
     US3L_UNROLL
     for (int p = 0; p < P; ++p) sum[p] = load<W>(bias + c);
     const T* row = x.data + c;
-    columns.prefetch(row + x.rows * x.row);
     const float* filter = filters + c;
+    ahead_of_x.next();
+    ahead_of_y.next();
     for (std::int64_t r = 0; r < x.rows; ++r, row += x.row)
       for (std::int64_t t = 0; t < (K > 1 ? K : axis.taps); t += K, filter += K * channels) {
         Float<W> tap[K];
@@ -90,7 +126,7 @@ US3L_INLINE std::int64_t row_of_sums(std::int64_t channels) { return (channels +
 
 template <class T, int W, int K, int S, int P>
 void accumulate_block(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t output,
-                      const Channels& channels) {
+                      const Channels& channels, Ahead<const T, false>& ahead_of_x, Ahead<const T, false>& ahead_of_dy) {
   const Columns<T, K, S, P> columns(axis, output, x.pixel);
   const std::int64_t sums_row = row_of_sums(channels.all);
   for_vectors<W>(channels, US3L_LAMBDA(std::int64_t c, std::int64_t repeated) {
@@ -99,7 +135,8 @@ void accumulate_block(const Axis& axis, const Window<T>& x, const Line<const T>&
     US3L_UNROLL
     for (int p = 0; p < P; ++p) grad[p] = load<W>(upstream + p * dy.pixel);
     const T* row = x.data + c;
-    columns.prefetch(row + x.rows * x.row);
+    ahead_of_x.next();
+    ahead_of_dy.next();
     float* to = sums + c + repeated;  // repeated lanes have a place of their own, that is not read
     for (std::int64_t r = 0; r < x.rows; ++r, row += x.row)
       for (std::int64_t t = 0; t < (K > 1 ? K : axis.taps); t += K, to += K * sums_row) {
@@ -128,17 +165,23 @@ void flush_sums(float* sums, double* totals, std::int64_t count, std::int64_t ch
     });
 }
 
-// Calls f<W, K, S, P>(output) for blocks of outputs that are as equal as can be: small ones share little.
-template <int W, int K, int S, class F>
-US3L_INLINE void for_blocks(std::int64_t count, const F& f) {
-  constexpr std::int64_t kMost = 8;
-  const std::int64_t blocks = (count + kMost - 1) / kMost;
+// Of at most 8 outputs.
+US3L_INLINE std::int64_t blocks_of(std::int64_t count) { return (count + 7) / 8; }
+
+// Calls f<W, K, S, P>(output) for blocks of outputs that are as equal as can be: small ones share little. K and S are
+// the axis's, or 1 for a block that needs it.
+template <class T, int W, int K, int S, class F>
+US3L_INLINE void for_blocks(const Axis& axis, std::int64_t count, const F& f) {
+  const std::int64_t blocks = blocks_of(count);
   for (std::int64_t i = 0; i < blocks; ++i) {
     const std::int64_t output = count * i / blocks, pixels = count * (i + 1) / blocks - output;
     switch (pixels) {
-#define US3L_PIXELS(p) \
-  case p:              \
-    f.template operator()<W, K, S, p>(output); \
+#define US3L_PIXELS(p)                                            \
+  case p:                                                         \
+    if (Columns<T, K, S, p>::serve(axis, output))                 \
+      f.template operator()<W, K, S, p>(output);                  \
+    else                                                          \
+      f.template operator()<W, 1, 1, p>(output);                  \
     break;
       US3L_PIXELS(1) US3L_PIXELS(2) US3L_PIXELS(3) US3L_PIXELS(4)
       US3L_PIXELS(5) US3L_PIXELS(6) US3L_PIXELS(7) US3L_PIXELS(8)
@@ -148,38 +191,46 @@ US3L_INLINE void for_blocks(std::int64_t count, const F& f) {
 }
 
 // The same, with K and S out of the axis.
-template <int W, class F>
+template <class T, int W, class F>
 US3L_INLINE void for_blocks(const Axis& axis, std::int64_t count, const F& f) {
   if constexpr (W > 1) {
     const std::int64_t taps = axis.step == 1 ? axis.taps : 0;
-    if (axis.stride == 1 && taps == 2) return for_blocks<W, 2, 1>(count, f);
-    if (axis.stride == 1 && taps == 3) return for_blocks<W, 3, 1>(count, f);
-    if (axis.stride == 1 && taps == 5) return for_blocks<W, 5, 1>(count, f);
-    if (axis.stride == 1 && taps == 7) return for_blocks<W, 7, 1>(count, f);
-    if (axis.stride == 2 && taps == 3) return for_blocks<W, 3, 2>(count, f);
-    if (axis.stride == 2 && taps == 5) return for_blocks<W, 5, 2>(count, f);
+    if (axis.stride == 1 && taps == 2) return for_blocks<T, W, 2, 1>(axis, count, f);
+    if (axis.stride == 1 && taps == 3) return for_blocks<T, W, 3, 1>(axis, count, f);
+    if (axis.stride == 1 && taps == 5) return for_blocks<T, W, 5, 1>(axis, count, f);
+    if (axis.stride == 1 && taps == 7) return for_blocks<T, W, 7, 1>(axis, count, f);
+    if (axis.stride == 2 && taps == 3) return for_blocks<T, W, 3, 2>(axis, count, f);
+    if (axis.stride == 2 && taps == 5) return for_blocks<T, W, 5, 2>(axis, count, f);
   }
-  for_blocks<W, 1, 1>(count, f);
+  for_blocks<T, W, 1, 1>(axis, count, f);
 }
 
 // For fewer channels than LANES: half vectors, where networks have layers of 8 channels; else one at a time.
 constexpr int kNarrow = LANES == 16 ? 8 : 1;
 
-template <class F>
+US3L_INLINE std::int64_t vectors_of(std::int64_t channels) {
+  const std::int64_t lanes = channels >= LANES ? LANES : channels >= kNarrow ? kNarrow : 1;
+  return (channels + lanes - 1) / lanes;
+}
+
+template <class T, class F>
 US3L_INLINE void for_blocks(const Axis& axis, std::int64_t channels, std::int64_t count, const F& f) {
   if (channels >= LANES)
-    for_blocks<LANES>(axis, count, f);
+    for_blocks<T, LANES>(axis, count, f);
   else if (channels >= kNarrow)
-    for_blocks<kNarrow>(axis, count, f);
+    for_blocks<T, kNarrow>(axis, count, f);
   else
-    for_blocks<1>(axis, count, f);
+    for_blocks<T, 1>(axis, count, f);
 }
 
 template <class T>
 void correlate(const Axis& axis, const Window<T>& x, const float* filters, const float* bias, const Line<T>& y,
                std::int64_t channels) {
-  for_blocks(axis, channels, y.count, [&]<int W, int K, int S, int P>(std::int64_t output) {
-    correlate_block<T, W, K, S, P>(axis, x, filters, bias, y, output, channels);
+  const std::int64_t parts = blocks_of(y.count) * vectors_of(channels);
+  auto ahead_of_x = ahead_of(axis, x, channels, parts);
+  auto ahead_of_y = ahead_of<true>(y, channels, parts);
+  for_blocks<T>(axis, channels, y.count, [&]<int W, int K, int S, int P>(std::int64_t output) {
+    correlate_block<T, W, K, S, P>(axis, x, filters, bias, y, output, channels, ahead_of_x, ahead_of_y);
   });
 }
 
@@ -188,10 +239,13 @@ template <class T>
 void accumulate(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t channels) {
   constexpr std::int64_t kSums = 2048;
   const std::int64_t vectors = kSums / LANES / (x.rows * axis.taps + 1) + 1;
+  const std::int64_t parts = blocks_of(dy.count) * vectors_of(channels);
+  auto ahead_of_x = ahead_of(axis, x, channels, parts);
+  auto ahead_of_dy = ahead_of<false>(dy, channels, parts);
   for (std::int64_t begin = 0; begin < channels; begin += vectors * LANES) {
     const std::int64_t end = begin + vectors * LANES < channels ? begin + vectors * LANES : channels;
-    for_blocks(axis, channels, dy.count, [&]<int W, int K, int S, int P>(std::int64_t output) {
-      accumulate_block<T, W, K, S, P>(axis, x, dy, sums, output, {begin, end, channels});
+    for_blocks<T>(axis, channels, dy.count, [&]<int W, int K, int S, int P>(std::int64_t output) {
+      accumulate_block<T, W, K, S, P>(axis, x, dy, sums, output, {begin, end, channels}, ahead_of_x, ahead_of_dy);
     });
   }
 }
