@@ -16,7 +16,8 @@ constexpr int kMaxRows[] = {LANES == 16 ? 14 : 12, LANES == 16 ? 14 : 6, 9, 6};
 // R rows of N panels, the last of which may be a half one: with 8 channels more than a multiple of 16 a whole one would
 // waste up to half of the work. Sums start at zero whether or not they are added to c: sums of sums lose less.
 template <int R, int N, bool kHalf>
-void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64_t c_row, bool add) {
+void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64_t c_row, bool add,
+                    Ahead::Lines ahead) {
   constexpr int kBases = (R + 2) / 3;  // an address each for three rows: base, + row, + 2 row
   constexpr int kWhole = kHalf ? N - 1 : N, kLast = LANES / 2;
   using Vector = Float<LANES>;
@@ -46,6 +47,8 @@ void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64
       for (int n = 0; n < kWhole; ++n) right[n] = load<LANES>(b.data + n * b.panel);
       if constexpr (kHalf) last_right = load<kLast>(b.data + kWhole * b.panel);
       b.data += b.row;
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead.at), 0, 2);
+      ahead.at += ahead.step;
       US3L_UNROLL
       for (int r = 0; r < R; ++r) {
         const float left = base[r / 3][r % 3 * a.row];
@@ -73,7 +76,7 @@ void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64
   }
 }
 
-using MultiplyBlock = void (*)(std::int64_t, Matrix, Panels, float*, std::int64_t, bool);
+using MultiplyBlock = void (*)(std::int64_t, Matrix, Panels, float*, std::int64_t, bool, Ahead::Lines);
 
 template <int N, bool kHalf>
 MultiplyBlock block_of(std::int64_t rows) {
@@ -107,7 +110,7 @@ MultiplyBlock block_of(std::int64_t rows, std::int64_t panels) {
 constexpr std::int64_t kMaxDepth = 128;
 
 void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matrix a, Panels b, float* c,
-              std::int64_t c_row, bool add) {
+              std::int64_t c_row, bool add, Ahead& ahead) {
   // Equal blocks: a last one that is small would not hide the latency of its sums.
   constexpr std::int64_t kHalfPanel = LANES / 2;
   const std::int64_t halves = (columns + kHalfPanel - 1) / kHalfPanel, panels = (halves + 1) / 2;
@@ -128,7 +131,7 @@ void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matri
       float* to = c + p * LANES;
       for (std::int64_t j = 0; j < blocks; ++j) {
         const std::int64_t r = height + (j < taller);
-        (j < taller ? taller_block : block)(length, left, right, to, c_row, add || cut > 0);
+        (j < taller ? taller_block : block)(length, left, right, to, c_row, add || cut > 0, ahead.next(length, to));
         left.data += r * a.row;
         to += r * c_row;
       }

@@ -260,6 +260,11 @@ void multiply(const Gemm<T>& gemm, const Samples& s, const PackedFilters& filter
         if (write_in_place) c = results.images.data + p.begin * result_row;
       if (bias != nullptr)
         gemm.copy_rows(count, results.images.channels, bias + first, 0, c, result_row);
+      const int64_t next = std::min(p.end + count, own.end);
+      Ahead ahead;
+      if (read_in_place) ahead.add_rows({s.images.data, s.images.pixel}, channels, p.end, next);
+      if constexpr (std::is_same_v<T, float>)
+        if (write_in_place) ahead.add_rows({r.images.data, r.images.pixel}, columns, p.end, next);
       for_parts({0, taps}, chunks, [&](Range t) {
         Matrix a{input.data(), row, 1};
         if (read_in_place)
@@ -267,7 +272,7 @@ void multiply(const Gemm<T>& gemm, const Samples& s, const PackedFilters& filter
         else
           gather(gemm, s, p, {t, {0, channels}}, input.data(), row);
         gemm.multiply(count, results.images.channels, (t.end - t.begin) * channels, a,
-                      filters.at(own_panels.begin, t.begin), c, result_row, bias != nullptr || t.begin > 0);
+                      filters.at(own_panels.begin, t.begin), c, result_row, bias != nullptr || t.begin > 0, ahead);
       });
       if (!write_in_place) scatter<T>(gemm, c, result_row, p, results);
     });
@@ -466,11 +471,18 @@ void convolve_weight_gradient(const Images<const T>& x, const Images<const T>& d
         pair_all(gemm, p.end - p.begin, tile_rows, grads, dy.pixel, grad_pairs, tile_out);
         a = {grad_pairs, 1, tile_out};
       }
+      Ahead ahead;
+      if constexpr (std::is_same_v<T, float>) {
+        const int64_t next = std::min(2 * p.end - p.begin, own.end);
+        ahead.add_rows({dy.data, dy.pixel}, tile_rows, p.end, next);
+        if (read_in_place) ahead.add_rows({samples.images.data, samples.images.pixel}, count, p.end, next);
+      }
       const bool add = add_in_place || p.begin > own.begin;
       if (turned)
-        gemm.multiply(count, tile_rows, depth, {b.data, 1, b.row}, {a.data, gemm.lanes, a.column}, sums, sums_row, add);
+        gemm.multiply(count, tile_rows, depth, {b.data, 1, b.row}, {a.data, gemm.lanes, a.column}, sums, sums_row, add,
+                      ahead);
       else
-        gemm.multiply(tile_rows, count, depth, a, b, sums, sums_row, add);
+        gemm.multiply(tile_rows, count, depth, a, b, sums, sums_row, add, ahead);
     });
     if (parts == 1 && !add_in_place) add_tile(sums_at(sums), 1, 0, tile.out, tile.columns, samples, *dw);
   });

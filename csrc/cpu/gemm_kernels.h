@@ -21,6 +21,45 @@ struct Panels {
   std::int64_t panel, row;
 };
 
+// Memory that will soon be read or written, up to four stretches of it. A product asks for them, line by line between its
+// steps: so they come into the L2 cache while it computes. Where they are left to the passes over them, or to the hardware,
+// one waits for the other. Nothing comes of addresses beyond the end of anything.
+class Ahead {
+ public:
+  struct Lines {
+    std::uintptr_t at;
+    std::int64_t step;  // bytes
+  };
+
+  // Rows begin .. end - 1 of so many columns, if they are dense: others have more between them.
+  void add_rows(Rows<const float> x, std::int64_t columns, std::int64_t begin, std::int64_t end) {
+    if (x.stride != columns || begin >= end) return;
+    const float* const data = x.data;
+    stretches_[count_++] = {reinterpret_cast<std::uintptr_t>(data + begin * columns),
+                            reinterpret_cast<std::uintptr_t>(data + end * columns)};
+  }
+
+  // Where to ask for so many lines, of the stretches in turn; once all are done, for one that is there.
+  Lines next(std::int64_t lines, const float* there) {
+    for (int i = 0; i < count_; ++i) {
+      Stretch& s = stretches_[turn_++ % count_];
+      if (s.at >= s.end) continue;
+      const Lines found{s.at, kLine};
+      s.at += lines * kLine;
+      return found;
+    }
+    return {reinterpret_cast<std::uintptr_t>(there), 0};
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  struct Stretch {
+    std::uintptr_t at, end;
+  };
+  Stretch stretches_[4];
+  int count_ = 0, turn_ = 0;
+};
+
 // The rows of a block share what they read of the right side, and a block of a few hundred KiB stays in the L2 cache.
 constexpr std::int64_t kMostRows = 112, kLeastRows = 56, kBlock = 64 << 10;  // the last in floats
 
@@ -31,8 +70,17 @@ struct GemmKernels {
 
   // c(i, :) = or += sum over k < depth of a(i, k) b(k, :); `add` says which. Columns are computed, and must be there,
   // up to a multiple of half a panel. The depth is one of whole runs.
-  void (*multiply)(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matrix a, Panels b, float* c,
-                   std::int64_t c_row, bool add);
+  void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matrix a, Panels b, float* c,
+                std::int64_t c_row, bool add) const {
+    Ahead nothing;
+    multiply(rows, columns, depth, a, b, c, c_row, add, nothing);
+  }
+  void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matrix a, Panels b, float* c,
+                std::int64_t c_row, bool add, Ahead& ahead) const {
+    product(rows, columns, depth, a, b, c, c_row, add, ahead);
+  }
+  void (*product)(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matrix a, Panels b, float* c,
+                  std::int64_t c_row, bool add, Ahead& ahead);
 
   // b [panels][depth][lanes], its panels `panel` apart, of a matrix of depth x columns; zero past its columns. One of
   // the matrix's distances is best 1.

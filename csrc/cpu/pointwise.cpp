@@ -38,7 +38,12 @@ void pointwise_forward(int64_t rows, Rows<const float> x, const Norm* norm, cons
         normalise_rows(*norm, x, p, {input.data(), row});
         a = {input.data(), row, 1};
       }
-      gemm.multiply(p.end - p.begin, w.out, w.in, a, filters.at(0, 0), y.data + p.begin * y.stride, y.stride, false);
+      const int64_t next = std::min(2 * p.end - p.begin, own.end);
+      Ahead ahead;
+      ahead.add_rows(x, w.in, p.end, next);
+      ahead.add_rows({y.data, y.stride}, w.out, p.end, next);
+      gemm.multiply(p.end - p.begin, w.out, w.in, a, filters.at(0, 0), y.data + p.begin * y.stride, y.stride, false,
+                    ahead);
       done(i, p);
     });
   });
@@ -71,10 +76,16 @@ void pointwise_backward(int64_t rows, const PointwiseBackward& work) {
     float* const sums = memory.data() + i * size;
     for_parts(own, blocks, [&](Range p) {
       const int64_t count = p.end - p.begin;
+      const int64_t next = std::min(p.end + count, own.end);
+      Ahead ahead;
+      ahead.add_rows(work.dy.grad, w.out, p.end, next);
+      ahead.add_rows(work.dy.c, w.out, p.end, next);
+      if (dx.data != nullptr) ahead.add_rows({dx.data, dx.stride}, w.in, p.end, next);
+      if (work.dw != nullptr) ahead.add_rows(work.x, w.in, p.end, next);
       input_gradient_rows(work.dy, p, {gradient.data(), dy_row});
       if (dx.data != nullptr) {
         gemm.multiply(count, w.in, w.out, {gradient.data(), dy_row, 1}, filters->at(0, 0),
-                      dx.data + p.begin * dx.stride, dx.stride, work.add_to_dx);
+                      dx.data + p.begin * dx.stride, dx.stride, work.add_to_dx, ahead);
         if (work.done) work.done(i, p);
       }
       if (work.dw == nullptr) return;
@@ -86,10 +97,10 @@ void pointwise_backward(int64_t rows, const PointwiseBackward& work) {
       const bool add = p.begin > own.begin;
       if (turned)
         gemm.multiply(w.in, w.out, count, {a.data, 1, a.stride}, {gradient.data(), gemm.lanes, dy_row}, sums, sums_row,
-                      add);
+                      add, ahead);
       else
         gemm.multiply(w.out, w.in, count, {gradient.data(), 1, dy_row}, {a.data, gemm.lanes, a.stride}, sums, sums_row,
-                      add);
+                      add, ahead);
     });
   });
   if (work.dw == nullptr) return;
