@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,9 @@ from benchmarks.ops import cases as layer_cases
 from benchmarks.rivals import Conv2d, Settings, initial_weights
 from us3l.config import Config, MethodConfig, ModelConfig, SamplerConfig, TrainConfig
 from us3l.methods import build_method
+from us3l.models.layers import Layers
+from us3l.models.mobilenet_v2 import InvertedResidual
+from us3l.models.resnet import BasicBlock, Bottleneck
 from us3l.step import TrainStep, why_no_graphs
 from us3l_kernels import _native, functional, gradients, optim, packed
 from us3l_kernels.backends import BACKENDS, measured
@@ -771,55 +775,60 @@ def norms(setup: Setup) -> Iterator[Item]:
             yield f"{list(shape)}{', residual' if residual else ''}", partial(run, *shape, residual)
 
 
-def pairs(setup: Setup) -> Iterator[Item]:
-    """A convolution and the norm behind it (two views, ReLU), forward: one operation beside two of the same kernels and
-    beside cuDNN on packed weights with each norm. The gain is predicted to be one read of the convolution's result."""
-    shapes = [(4, 16, 24, 8, 3)] if setup.smoke else [
-        (256, 64, 64, 32, 3), (256, 128, 128, 16, 3), (256, 40, 40, 32, 3), (256, 64, 64, 56, 3), (256, 64, 256, 56, 1),
-        (256, 256, 64, 56, 1), (256, 1024, 256, 14, 1), (256, 16, 96, 112, 1), (256, 144, 24, 56, 1),
+def blocks(setup: Setup) -> Iterator[Item]:
+    """Two residual blocks in a row (two views), forward and backward: each as one operation beside its modules one by
+    one. The gain is predicted to be, of each norm, a read of its input forward, and backward a read of its gradient and
+    its input less one of the latter; and the addition of gradients of a block's input."""
+    kinds: dict[str, Callable[[int], nn.Module]] = {
+        "basic": lambda c: BasicBlock(c, c, 1, Layers()),
+        "bottleneck": lambda c: Bottleneck(c, c // 4, 1, Layers()),
+        "inverted": lambda c: InvertedResidual(c, c, 1, 6, Layers()),
+    }
+    shapes = [("basic", 16, 8), ("inverted", 16, 8)] if setup.smoke else [
+        ("basic", 64, 32), ("basic", 128, 16), ("basic", 40, 32), ("bottleneck", 256, 56), ("bottleneck", 1024, 14),
+        ("inverted", 24, 56), ("inverted", 96, 14),
     ]  # fmt: skip
+    n, few, dtype = (4, 4, torch.float32) if setup.smoke else (256, 8, torch.bfloat16)
 
-    def run(n: int, c: int, k: int, size: int, kernel: int) -> dict[str, Any]:
-        from us3l_kernels.backends.triton import conv2d_batch_norm
-
-        triton, dtype = BACKENDS["triton"], torch.float32 if setup.smoke else torch.bfloat16
+    def run(kind: str, c: int, size: int) -> dict[str, Any]:
         layout = {"memory_format": torch.channels_last}
-        xs = [torch.randn(n, c, size, size, device=setup.device).to(dtype, **layout) for _ in range(SETS)]
-        weight = nn.Parameter(torch.randn(k, c, kernel, kernel, device=setup.device).to(**layout) / c**0.5 / kernel)
-        vectors = torch.rand(k, device=setup.device), torch.rand(k, device=setup.device)
-        geometry = {"stride": [1, 1], "padding": [kernel // 2] * 2, "dilation": [1, 1]}
-        if not triton.can_run("conv2d", xs[0], weight, out_channels=k, groups=1, **geometry):
-            return {"skipped": f"backend triton: {triton.unavailable()}"}
-        copies = packed.PackedWeights()
+        model = nn.Sequential(kinds[kind](c), kinds[kind](c)).to(setup.device, **layout)
+        apart = deepcopy(model)
+        for module in apart.modules():
+            module.register_forward_hook(lambda *_: None)  # someone looks at the results between
+        xs, grads = (
+            [torch.randn(n, c, size, size, device=setup.device).to(dtype, **layout) for _ in range(SETS)]
+            for _ in range(2)
+        )
 
-        def together(i: int) -> Any:
-            with copies:
-                return conv2d_batch_norm(xs[i], weight, *vectors, None, k, *geometry.values(), 1e-5, 2, "relu")
+        def step(network: nn.Module, x: Tensor, grad: Tensor, spec: str) -> list[Tensor]:
+            x = x.detach().requires_grad_()
+            autocast = torch.autocast(setup.device.type, dtype, enabled=x.dtype != torch.float64 and not setup.smoke)
+            with us3l_kernels.backend(spec), us3l_kernels.views(2), autocast:
+                y = network(x)
+            return [y.detach(), *torch.autograd.grad(y, [x, *network.parameters()], grad)]
 
-        def apart(i: int, convolution: Any, norm: Any) -> Any:
-            with copies:
-                y = convolution.conv2d(xs[i], weight, None, k, *geometry.values(), 1)
-            return norm.batch_norm(y, *vectors, None, None, None, True, 0.1, 1e-5, 2, "relu")
+        specs = ["auto"] + ["triton"] * (BACKENDS["triton"].unavailable() is None)
+        x, grad = xs[0][:few], grads[0][:few]
+        expected = step(deepcopy(apart).double(), x.double(), grad.double(), "aten")
+        for spec in specs:
+            errors = [
+                [harness.relative_error(a, b) for a, b in zip(step(network, x, grad, spec), expected, strict=True)]
+                for network in (model, apart)
+            ]
+            if not all(a <= max(MULTIPLE * b, SMALL["float32"]) for a, b in zip(*errors, strict=True)):
+                raise harness.Mismatch(f"{spec}: errors of y, dx and parameters, as one operation and apart: {errors}")
+        return microseconds(
+            setup,
+            {
+                f"{spec}, {name}": lambda i, network=network, spec=spec: step(network, xs[i], grads[i], spec)
+                for spec in specs
+                for name, network in (("one operation", model), ("apart", apart))
+            },
+        )
 
-        sides: dict[str, Callable[[int], object]] = {"together": together}
-        for name in backends("batch_norm"):
-            if BACKENDS[name].can_run(
-                "batch_norm", xs[0], vectors[0], training=True, views=2, activation="relu", residual=False
-            ):
-                for convolution in ("triton", "aten"):
-                    both = {"convolution": BACKENDS[convolution], "norm": BACKENDS[name]}
-                    sides[f"{convolution}, then {name}"] = partial(apart, **both)
-        with torch.no_grad():
-            (y, _, *given), expected = together(0), apart(0, triton, BACKENDS["reference"])
-            for name, a, b in zip(("y", "mean", "rstd"), (y, *given), expected, strict=True):
-                if not (error := harness.relative_error(a, b)) <= SMALL[str(dtype).removeprefix("torch.")]:
-                    raise harness.Mismatch(f"{name} differs by {error:.1e} from that of two operations")
-            sides = {name: side for name, side in sides.items() if "reference" not in name}
-            times = microseconds(setup, sides)
-        return times | {"predicted_us_saved": y.nbytes / rates(setup).bandwidth * 1e6}
-
-    for n, c, k, size, kernel in shapes:
-        yield f"{kernel}x{kernel} {c} -> {k} @{size}, {n} images", partial(run, n, c, k, size, kernel)
+    for kind, c, size in shapes:
+        yield f"{kind} {c} @{size}, {n} images", partial(run, kind, c, size)
 
 
 def packing(setup: Setup) -> Iterator[Item]:
@@ -1071,7 +1080,7 @@ SECTIONS: dict[int, dict[str, tuple[Callable[[Setup], Iterator[Item]], float]]] 
     2: {"linear layers": (linear_layers, 0.1), "convolutions": (convolutions, 0.9)},
     3: {
         "norms": (norms, 0.08),
-        "pairs": (pairs, 0.04),
+        "blocks": (blocks, 0.04),
         "packing": (packing, 0.04),
         "updates": (updates, 0.04),
         "tuning": (tuning, 0.14),

@@ -48,7 +48,9 @@ class Way:
     in_place: bool = False  # sliced weights read, and their gradients added, where they lie
     needed: bool = False  # of a linear layer's output, only what the prefix that the next one reads comes from
     compiled: bool = False  # zero-fill and cast of a sliced gradient in one kernel, as Inductor makes it
-    deep: bool = False  # the sums of a norm's backward, and the joins of gradients, in the epilogue of dX
+    # The sums of a norm's backward, and joins of gradients, in the epilogue of dX. What is built does so where `triton`
+    # runs the convolution, and reads the mask of a sum twice: the gradient between two blocks is stored whole.
+    deep: bool = False
     ideal: bool = False  # every tensor once
     update: bool = False  # optimizer, regulariser and EMA in two kernels
     graph: bool = False  # in CUDA graphs

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from us3l_kernels import triton
 from us3l_kernels.backends import Backend
 from us3l_kernels.layout import convolved, is_rows
 from us3l_kernels.packed import accumulate_, cast
+
+if TYPE_CHECKING:
+    from us3l_kernels.triton.reductions import Moments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_CHANNELS_OF_LAYER_NORM = 8192  # that a program can hold: 16 values a thread, of each tensor
@@ -253,10 +256,10 @@ class TritonBackend(Backend):
     ) -> tuple[Tensor | None, Tensor | None]:
         from us3l_kernels.triton import batch_norm
 
-        gradients, needs = (grad_weight, grad_bias), (need_grad_x, need_grad_residual)
+        norm = triton.Norm(x, y if bias is None else None, weight, bias, mean, rstd, activation)
         with torch.cuda.device_of(x):
             return batch_norm.backward(
-                grad, x, y, weight, bias, mean, rstd, *gradients, *needs, training, activation
+                grad, norm, grad_weight, grad_bias, need_grad_x, need_grad_residual, training
             )
 
     def layer_norm(
@@ -284,33 +287,80 @@ class TritonBackend(Backend):
             return layer_norm.backward(grad, x, weight, mean, rstd, grad_weight, grad_bias, need_grad_x)
 
 
-def conv2d_batch_norm(
+# What a chain of convolutions and norms (us3l_kernels.fused) asks for beyond the operations.
+
+
+def conv2d_moments(
     x: Tensor,
     weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
     out_channels: int,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    eps: float,
     views: int,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, c, mean [V, K], rstd [V, K]): c is `conv2d` with one group, y its `batch_norm` in training, without running
-    statistics, by the moments that the convolution takes on its way."""
-    from us3l_kernels.triton import batch_norm, conv2d
+) -> tuple[Tensor, Moments]:
+    """`conv2d` with one group, and the moments of each view of its result, for the norm behind it."""
+    from us3l_kernels.triton import conv2d
 
     geometry = conv2d.Geometry.of(weight, stride, padding, dilation)
     active = cast(weight, weight[:out_channels, : x.size(1)], x.dtype)
-    c, moments = conv2d.conv2d_moments(x, active, out_channels, geometry, _convolution_precision(x), views)
-    parameters, running = (norm_weight, norm_bias), (None, None)
+    return conv2d.conv2d_moments(x, active, out_channels, geometry, _convolution_precision(x), views)
+
+
+def conv2d_input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    added: Tensor | None,
+    norm: triton.Norm | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor | None]:
+    """dX of `conv2d` with one group, plus `added`; and what the backward of `norm` needs, if x is its result."""
+    from us3l_kernels.triton import conv2d
+
+    geometry = conv2d.Geometry.of(weight, stride, padding, dilation)
+    active = cast(weight, weight[: grad.size(1), : x.size(1)], x.dtype)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    return dx, conv2d.input_gradient(grad, active, dx, geometry, _convolution_precision(x), added, norm)
+
+
+def batch_norm_of_moments(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    views: int,
+    activation: str | None,
+    moments: Moments | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`batch_norm` in training, without running statistics, of x whose moments may be known."""
+    from us3l_kernels.triton import batch_norm
+
     with torch.cuda.device_of(x):
-        y, mean, rstd = batch_norm.forward(
-            c, *parameters, *running, residual, True, 0.0, eps, views, activation, moments
+        return batch_norm.forward(
+            x, weight, bias, None, None, residual, True, 0.0, eps, views, activation, moments
         )
-    return y, c, mean, rstd
+
+
+def batch_norm_backward_of_sums(
+    grad: Tensor,
+    norm: triton.Norm,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    need_grad_x: bool,
+    need_grad_residual: bool,
+    sums: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`batch_norm_backward` in training; with sums that may be known, only with need_grad_x."""
+    from us3l_kernels.triton import batch_norm
+
+    with torch.cuda.device_of(grad):
+        return batch_norm.backward(
+            grad, norm, grad_weight, grad_bias, need_grad_x, need_grad_residual, True, sums
+        )
 
 
 def _why_not_conv2d(

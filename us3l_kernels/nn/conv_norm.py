@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from us3l_kernels import fused
 from us3l_kernels.backends import choose, measured, requested
+from us3l_kernels.backends.native import is_depthwise
 from us3l_kernels.functional import autocast_dtype
 from us3l_kernels.layout import convolved
+from us3l_kernels.library import is_plain_call
 from us3l_kernels.nn.batch_norm import SlicedBatchNorm2d
 from us3l_kernels.nn.conv import SlicedConv2d
 from us3l_kernels.triton import INTERPRETED
@@ -18,20 +21,29 @@ from us3l_kernels.width import current_views
 
 
 def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, residual: Tensor | None = None) -> Tensor:
-    """norm(conv(x)), with `residual` added before the norm's activation if it is given.
+    """norm(conv(x)), with `residual` added before the norm's activation if it is given: a `residual_block` of one pair.
 
     In training, where the convolution runs on backend `triton`, it takes the statistics of its result while it writes
     it, and the norm reads it once less (`us3l_kernels.fused`). That is so as long as nothing but their result is asked
-    of the modules: no hooks, no running statistics, no synchronised or calibrating norms, no torch.compile, no tuner
-    that measures operations one by one. Otherwise the modules are called. The results are the same to rounding.
+    of the modules: no hooks, no running statistics, no synchronised or calibrating norms, no torch.compile, no other
+    tracer, mode or subclass of Tensor, no tuner that measures operations one by one. Otherwise the modules are called.
+    The results are the same to rounding.
     """
-    if is_plain_conv(conv) and is_plain_norm(norm) and (sizes := _sizes(conv, norm, x, residual)) is not None:
-        norm.forget_calibration()
-        return fused.conv_norm(x, conv.weight, norm.weight, norm.bias, residual, sizes)
+    pairs = [(conv, norm)]
+    if are_plain(pairs) and (y := chained(x, residual, pairs)) is not None:
+        return y
     return norm(conv(x)) if residual is None else norm(conv(x), residual)
 
 
-def is_plain(module: nn.Module) -> bool:
+Pairs = Sequence[tuple[SlicedConv2d, SlicedBatchNorm2d]]
+
+
+def are_plain(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> TypeGuard[Pairs]:
+    """Whether these modules, as they stand, do nothing else. It is asked before x, which torch.fx may not have."""
+    return all(_is_plain_conv(conv) and _is_plain_norm(norm) for conv, norm in pairs)
+
+
+def _is_plain(module: nn.Module) -> bool:
     """Whether calling the module is calling its class's forward and nothing else."""
     of_all = nn.modules.module
     return not (
@@ -47,51 +59,76 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def is_plain_norm(norm: nn.Module) -> TypeGuard[SlicedBatchNorm2d]:
+def _is_plain_norm(norm: nn.Module) -> TypeGuard[SlicedBatchNorm2d]:
     """Whether this module, as it stands, is a batch norm with statistics of the batch that does nothing else."""
     return (
         isinstance(norm, SlicedBatchNorm2d)
         and type(norm).forward is SlicedBatchNorm2d.forward
         and norm.uses_batch_statistics_alone()
-        and is_plain(norm)
+        and _is_plain(norm)
     )
 
 
-def is_plain_conv(conv: nn.Module) -> TypeGuard[SlicedConv2d]:
+def _is_plain_conv(conv: nn.Module) -> TypeGuard[SlicedConv2d]:
     """Whether this module, as it stands, is a convolution with zeros around, without bias, that does nothing else."""
     return (
         isinstance(conv, SlicedConv2d)
         and type(conv).forward is SlicedConv2d.forward
         and (conv.padding_mode, conv.bias) == ("zeros", None)
-        and is_plain(conv)
+        and _is_plain(conv)
     )
 
 
-def _sizes(conv: SlicedConv2d, norm: SlicedBatchNorm2d, x: Tensor, residual: Tensor | None) -> fused.PairSizes | None:
-    """What the one operation is told; None if it is not to run. Bad input is the modules': they say what is wrong."""
+def chained(x: Tensor, residual: Tensor | None, pairs: Pairs) -> Tensor | None:
+    """The chain of the pairs as one operation on Triton's kernels; None if it is not to run. Bad input is the modules':
+    they say what is wrong.
+    """
     if not (x.is_cuda or INTERPRETED):  # at once: on a CPU the checks would cost a fifth of a small layer's time
         return None
-    if torch.compiler.is_compiling() or measured.is_observed() or x.dim() != 4:
+    if not is_plain_call((x, residual)) or measured.is_observed() or x.dim() != 4:
         return None
-    if isinstance(conv.padding, str) or conv.groups > 1:
+    if autocast_dtype(x) not in (None, x.dtype) or requested()["batch_norm"] not in ("auto", "triton"):
         return None
-    stride, padding, dilation = geometry = conv.stride, conv.padding, conv.dilation
-    channels, views = conv.active_out_channels, current_views()
-    size = convolved(x.shape[2:], conv.kernel_size, *geometry)
-    fits = 1 <= x.size(1) <= conv.in_channels and channels <= norm.num_features
-    if not fits or min(size) < 1 or x.size(0) % views or x.size(0) // views * size[0] * size[1] <= 1:
+    chain: list[fused.Pair] = []
+    call: dict[str, Any]
+    parameters: list[Tensor | None] = []
+    read = x
+    for conv, norm in pairs:
+        # A parametrization computes its parameter whenever it is asked for it.
+        of_pair = conv.weight, norm.weight, norm.bias
+        result = result_of(read, conv, of_pair[0], norm)
+        if result is None or any(
+            t is not None and (t.device != x.device or t.dtype not in (x.dtype, torch.float32)) for t in of_pair
+        ):
+            return None
+        call = {"out_channels": result[1], "groups": conv.groups}
+        call |= {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        backend = choose("conv2d", read, of_pair[0], **call)
+        chain.append(fused.Pair(**call, backend=backend, activation=norm.activation, eps=norm.eps))
+        parameters += of_pair
+        # Nobody writes or reads it: it stands for what the next convolution will be given.
+        read = torch.empty(result, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    like = (read.shape, read.dtype, read.device)
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != like:
         return None
-    if autocast_dtype(x) not in (None, x.dtype):
+    if not any(pair.has_epilogues for pair in chain):  # nothing to be gained
         return None
-    expected = ((x.size(0), channels, *size), x.dtype, x.device)
-    if residual is not None and (residual.shape, residual.dtype, residual.device) != expected:
+    for _, norm in pairs:
+        norm.forget_calibration()
+    return fused.pair_chain(x, residual, chain, parameters, current_views())
+
+
+def result_of(
+    x: Tensor, conv: SlicedConv2d, weight: Tensor, norm: SlicedBatchNorm2d
+) -> tuple[int, int, int, int] | None:
+    """The shape of conv(x), if the convolution has one group or a filter for each channel, and the norm takes it."""
+    depthwise = is_depthwise(weight, conv.groups)
+    if isinstance(conv.padding, str) or (conv.groups > 1 and not depthwise):
         return None
-    parameters = [t for t in (conv.weight, norm.weight, norm.bias) if t is not None]
-    if any(t.device != x.device or t.dtype not in (x.dtype, torch.float32) for t in parameters):
+    channels = x.size(1) if depthwise else conv.active_out_channels
+    size = convolved(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    views = current_views()
+    fits = 1 <= x.size(1) <= conv.in_channels and channels <= norm.num_features and min(size) >= 1
+    if not fits or x.size(0) % views or x.size(0) // views * size[0] * size[1] <= 1:
         return None
-    if requested()["batch_norm"] not in ("auto", "triton"):
-        return None
-    call = {"out_channels": channels, "groups": 1, "stride": stride, "padding": padding, "dilation": dilation}
-    if choose("conv2d", x, conv.weight, **call) != "triton":
-        return None
-    return fused.PairSizes(channels, *geometry, norm.eps, views, norm.activation)
+    return (x.size(0), channels, *size)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeGuard
-
 import torch
 from torch import Tensor, nn
 
 from us3l_kernels import fused
 from us3l_kernels.backends import choose, measured
-from us3l_kernels.backends.native import algorithm_of, in_pairs, is_depthwise
+from us3l_kernels.backends.native import algorithm_of, in_pairs
 from us3l_kernels.layout import convolved
 from us3l_kernels.library import is_plain_call
 from us3l_kernels.nn.batch_norm import SlicedBatchNorm2d
 from us3l_kernels.nn.conv import SlicedConv2d
-from us3l_kernels.nn.conv_norm import conv_norm, is_plain_conv, is_plain_norm
+from us3l_kernels.nn.conv_norm import Pairs, are_plain, chained, conv_norm, result_of
 from us3l_kernels.width import current_views
 
 
@@ -23,36 +20,29 @@ def residual_block(x: Tensor, residual: Tensor | None, *layers: nn.Module) -> Te
     """norm(conv(... norm(conv(x)) ...), residual) of modules conv, norm, conv, norm, ...: the sum, if there is a
     residual, is taken before the last norm's activation.
 
-    In training on a CPU with the native kernels it is one operation (`us3l_kernels.fused`), as long as nothing but
-    their result is asked of the modules: no hooks, no running statistics, no synchronised or calibrating norms, no
-    torch.compile, no other tracer, mode or subclass of Tensor, no tuner that measures operations one by one. Otherwise
-    they are called in pairs: `conv_norm`.
+    In training on a CPU with the native kernels, and where any of the convolutions runs on backend `triton`, it is one
+    operation (`us3l_kernels.fused`), as long as nothing but their result is asked of the modules: see `conv_norm`.
+    Otherwise they are called in pairs: `conv_norm`.
 
     Raises ValueError if the modules are not pairs.
     """
     if not layers or len(layers) % 2:
         raise ValueError(f"layers: expected a norm behind each convolution, got {len(layers)} modules")
     pairs = list(zip(layers[::2], layers[1::2], strict=True))
-    if _are_plain(pairs) and x.is_cpu and (chain := _chain(x, residual, pairs)) is not None:
-        for _, plain_norm in pairs:
-            plain_norm.forget_calibration()
-        return fused.conv_chain(x, residual, chain, current_views())
+    if are_plain(pairs):
+        if x.is_cpu and (chain := _chain(x, residual, pairs)) is not None:
+            for _, plain_norm in pairs:
+                plain_norm.forget_calibration()
+            return fused.conv_chain(x, residual, chain, current_views())
+        if (y := chained(x, residual, pairs)) is not None:
+            return y
     *first, (last_conv, last_norm) = pairs
     for conv, norm in first:
         x = conv_norm(x, conv, norm)
     return conv_norm(x, last_conv, last_norm, residual)
 
 
-def _are_plain(
-    pairs: Sequence[tuple[nn.Module, nn.Module]],
-) -> TypeGuard[Sequence[tuple[SlicedConv2d, SlicedBatchNorm2d]]]:
-    """Whether these modules, as they stand, do nothing else. It is asked before x, which torch.fx may not have."""
-    return all(is_plain_conv(conv) and is_plain_norm(norm) for conv, norm in pairs)
-
-
-def _chain(
-    x: Tensor, residual: Tensor | None, pairs: Sequence[tuple[SlicedConv2d, SlicedBatchNorm2d]]
-) -> list[fused.ChainLayer] | None:
+def _chain(x: Tensor, residual: Tensor | None, pairs: Pairs) -> list[fused.ChainLayer] | None:
     """What the one operation is told; None if it is not to run. Bad input is the modules': they say what is wrong."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     if not is_plain_call((x, residual)) or measured.is_observed():  # someone wants to see the operations
@@ -81,19 +71,12 @@ def _chain(
 
 def _layer(x: Tensor, conv: SlicedConv2d, norm: SlicedBatchNorm2d) -> fused.ChainLayer | None:
     """A convolution of x and its norm, if the native kernels run it."""
-    if isinstance(conv.padding, str) or conv.dilation != (1, 1):
-        return None
     # A parametrization computes its parameter whenever it is asked for it.
-    weight, norm_weight, norm_bias = conv.weight, norm.weight, norm.bias
-    depthwise, views = is_depthwise(weight, conv.groups), current_views()
-    if conv.groups > 1 and not depthwise:
+    parameters = weight, norm_weight, norm_bias = conv.weight, norm.weight, norm.bias
+    result = result_of(x, conv, weight, norm)
+    if result is None or isinstance(conv.padding, str) or conv.dilation != (1, 1):
         return None
-    channels = x.size(1) if depthwise else conv.active_out_channels
-    size = convolved(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    fits = 1 <= x.size(1) <= conv.in_channels and channels <= norm.num_features and min(size) >= 1
-    if not fits or x.size(0) % views or x.size(0) // views * size[0] * size[1] <= 1:
-        return None
-    parameters = (weight, norm_weight, norm_bias)
+    channels = result[1]
     if any(type(p) not in (Tensor, nn.Parameter) or p.dtype != torch.float32 for p in parameters):
         return None
     geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}

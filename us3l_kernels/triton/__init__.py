@@ -15,7 +15,9 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 KERNEL_FILES = ("conv2d", "tma", "depthwise", "batch_norm", "layer_norm", "reductions")
 """The modules of this package that have `binaries(capability)`."""
@@ -49,3 +51,16 @@ class Binary:
     stages: int
     matrix: bool
     narrow: int | None = 0
+
+
+class Norm(NamedTuple):
+    """A batch norm as its backward reads it. x: its input, rows of channels. y: its result, given if the mask of its
+    activation is to come from it, and not from x. weight, bias: full, or None. mean, rstd: [views, channels]."""
+
+    x: Tensor
+    y: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    activation: str | None

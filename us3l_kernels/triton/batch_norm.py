@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.triton import Binary
+from us3l_kernels.triton import Binary, Norm
 from us3l_kernels.triton.reductions import (
     CHUNKS,
     WARPS,
@@ -38,6 +38,7 @@ from us3l_kernels.triton.reductions import (
     load_partials,
     load_vector,
     partial_sums,
+    passed,
 )
 from us3l_kernels.triton.rows import as_rows, in_units, new_rows
 
@@ -52,15 +53,6 @@ def _activate(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu6":
         y = tl.where(y > 6.0, 6.0, y)
     return y
-
-
-@triton.jit
-def _passes(y, ACTIVATION: tl.constexpr):
-    """Where the activation passes the gradient, by its output or, which is the same, its input."""
-    passes = y > 0.0
-    if ACTIVATION == "relu6":
-        passes = passes & (y < 6.0)
-    return passes
 
 
 @triton.jit
@@ -255,12 +247,8 @@ def sums_kernel(
         g = tl.load(grad_ptr + row * (grad_stride * VECTOR) + c[None, :], mask=ok, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + row * (x_stride * VECTOR) + c[None, :], mask=ok, other=0.0)
         centred = x.to(tl.float32) - mean
-        if ACTIVATION is not None:
-            if y_ptr is not None:
-                y = tl.load(y_ptr + row * (y_stride * VECTOR) + c[None, :], mask=ok, other=0.0)
-            else:
-                y = (centred * scale + bias).to(x.dtype)
-            g = tl.where(_passes(y.to(tl.float32), ACTIVATION), g, 0.0)
+        y_offsets = row * (y_stride * VECTOR) + c[None, :]
+        g = passed(g, x, centred, scale, bias, y_ptr, y_offsets, ok, ACTIVATION)
         if dresidual_ptr is not None:
             dresidual = g.to(dresidual_ptr.dtype.element_ty)
             tl.store(dresidual_ptr + row * (dresidual_stride * VECTOR) + c[None, :], dresidual, mask=ok)
@@ -272,12 +260,22 @@ def sums_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "rows_per_chunk", "c_units", "grad_stride", "x_stride", "y_stride", "dx_stride"]
+    do_not_specialize=[
+        "rows",
+        "rows_per_chunk",
+        "c_units",
+        "grad_stride",
+        "x_stride",
+        "y_stride",
+        "dresidual_stride",
+        "dx_stride",
+    ]
 )
 def dx_kernel(
     grad_ptr,
     x_ptr,
     y_ptr,  # given if the mask is to come from it
+    dresidual_ptr,  # grad where the activation passes it, if asked for
     dx_ptr,
     weight_ptr,
     bias_ptr,
@@ -290,6 +288,7 @@ def dx_kernel(
     grad_stride,
     x_stride,
     y_stride,
+    dresidual_stride,
     dx_stride,
     ACTIVATION: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -312,12 +311,11 @@ def dx_kernel(
         g = tl.load(grad_ptr + row * (grad_stride * VECTOR) + c[None, :], mask=ok, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + row * (x_stride * VECTOR) + c[None, :], mask=ok, other=0.0)
         centred = x.to(tl.float32) - mean
-        if ACTIVATION is not None:
-            if y_ptr is not None:
-                y = tl.load(y_ptr + row * (y_stride * VECTOR) + c[None, :], mask=ok, other=0.0)
-            else:
-                y = (centred * scale + bias).to(x.dtype)
-            g = tl.where(_passes(y.to(tl.float32), ACTIVATION), g, 0.0)
+        y_offsets = row * (y_stride * VECTOR) + c[None, :]
+        g = passed(g, x, centred, scale, bias, y_ptr, y_offsets, ok, ACTIVATION)
+        if dresidual_ptr is not None:
+            dresidual = g.to(dresidual_ptr.dtype.element_ty)
+            tl.store(dresidual_ptr + row * (dresidual_stride * VECTOR) + c[None, :], dresidual, mask=ok)
         if means_ptr is not None:
             g -= mean_g + centred * mean_gx
         tl.store(dx_ptr + row * (dx_stride * VECTOR) + c[None, :], (g * scale).to(dx_ptr.dtype.element_ty), mask=ok)
@@ -433,40 +431,42 @@ def forward(
 
 def backward(
     grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    norm: Norm,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
     need_grad_x: bool,
     need_grad_residual: bool,
     training: bool,
-    activation: str | None,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As `Backend.batch_norm_backward`, for x that is rows of channels; grad and y may have any strides."""
+    """As `Backend.batch_norm_backward`, for x that is rows of channels; grad and y may have any strides.
+
+    sums: float32 [views, chunks, 2, channels], of g and of g * normalised x, where g is grad as the activation passes
+    it, if they are known (`conv2d.input_gradient`); only with need_grad_x.
+    """
+    x, y, weight, bias, mean, rstd, activation = norm
     views, channels = mean.shape
     rows = x.numel() // (channels * views)
     grad = as_rows(grad)
-    masking = None if activation is None or bias is not None else as_rows(y)
-    dresidual = new_rows(x) if need_grad_residual else None
+    y = None if y is None or activation is None else as_rows(y)
+    dresidual = unwritten = new_rows(x) if need_grad_residual else None
     means = x.new_empty(views, 2, channels, dtype=torch.float32) if training and need_grad_x else None
-    if means is not None or grad_weight is not None or grad_bias is not None or dresidual is not None:
-        vector, units, strides = in_units(channels, (grad, x, masking, dresidual))
+    if sums is None and (
+        means is not None or grad_weight is not None or grad_bias is not None or dresidual is not None
+    ):
+        vector, units, strides = in_units(channels, (grad, x, y, dresidual))
         tile, per_chunk, chunks = _reduction(rows, views, channels, vector)
-        partials = partial_sums(chunks, channels, x, views)
+        sums = partial_sums(chunks, channels, x, views)
         sums_kernel[(chunks * triton.cdiv(channels, tile["BLOCK_C"]), views)](
             grad,
             x,
-            masking,
+            y,
             dresidual,
             weight,
             bias,
             mean,
             rstd,
-            partials,
+            sums,
             rows,
             per_chunk,
             chunks,
@@ -476,18 +476,20 @@ def backward(
             **tile,
             num_warps=WARPS,
         )
-        add_sums(partials, rows, grad_weight, grad_bias, means)
+        if dresidual is not None:  # already masked
+            grad, y, unwritten, activation = dresidual, None, None, None
+    if sums is not None:
+        add_sums(sums, rows, grad_weight, grad_bias, means)
     if not need_grad_x:
         return None, dresidual
-    if dresidual is not None:  # already masked
-        grad, activation, masking = dresidual, None, None
     dx = new_rows(x)
-    vector, units, strides = in_units(channels, (grad, x, masking, dx))
+    vector, units, strides = in_units(channels, (grad, x, y, unwritten, dx))
     tile, per_chunk, grid = _elementwise(rows, views, channels, vector)
     dx_kernel[grid](
         grad,
         x,
-        masking,
+        y,
+        unwritten,
         dx,
         weight,
         bias,
@@ -543,13 +545,14 @@ def _binaries(block_c: int, dtype: str, vector: int, activation: str | None, res
     fused = f" +{activation}" * (activation is not None) + " +residual" * residual
     running: dict[str, Any] = {"running_mean_ptr": None, "running_var_ptr": None}
     added: dict[str, Any] = {} if residual else {"residual_ptr": None}
-    masking: dict[str, Any] = {"bias_ptr": None} if residual else {"y_ptr": None, "dresidual_ptr": None}
-    masked: dict[str, Any] = {"ACTIVATION": None if residual else activation, "y_ptr": None}  # dResidual is masked
+    unread: dict[str, Any] = {"y_ptr": None, "dresidual_ptr": None}
+    masking: dict[str, Any] = {"bias_ptr": None} if residual else unread
+    behind_sums = {"ACTIVATION": None if residual else activation, **unread}  # dResidual is masked
     for name, kernel, constants in (
         ("moments", moments_kernel, {}),
         (f"normalise{fused}", normalise_kernel, {"ACTIVATION": activation, **added, **running}),
         (f"normalise{fused}, evaluation", normalise_kernel, {"ACTIVATION": activation, **added}),
         (f"sums{fused}", sums_kernel, {"ACTIVATION": activation, **masking}),
-        (f"dX{fused}", dx_kernel, masked),
+        (f"dX{fused}", dx_kernel, behind_sums),
     ):
         yield Binary(f"batch norm {name} {kind}", kernel, types, {**tile, **constants}, **settings)

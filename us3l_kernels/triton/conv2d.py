@@ -12,7 +12,8 @@ that are equal modulo the stride (a phase) see dY at pixel / stride + something 
 phase is a convolution with stride 1, over its own taps, and the phases are the second axis of the grid.
 
 The forward can also give the mean and the sum of squared deviations of every tile of pixels that it writes, for a batch
-norm behind it.
+norm behind it. dX can add another gradient of the same pixels, and give the sums over every tile that the backward of a
+batch norm needs, if x is its result.
 
 dW splits the pixels into pieces, each summed into a buffer of its own, which a second kernel adds up in a fixed order.
 All sums are in float32. Addresses are 64-bit; the number of pixels, and of elements of a weight, is below 2^30.
@@ -32,8 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from us3l_kernels.layout import convolved, is_rows
-from us3l_kernels.triton import DTYPES, SHARED_MEMORY, Binary
-from us3l_kernels.triton.reductions import Moments, partial_sums
+from us3l_kernels.triton import DTYPES, SHARED_MEMORY, Binary, Norm
+from us3l_kernels.triton.reductions import Moments, load_vector, partial_sums, passed
 
 # ---------------------------------------------------------------------------------------------- kernels
 
@@ -61,6 +62,9 @@ def first_tap(phase, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.con
         "w_tap",
         "y_stride",
         "tiles_per_view",
+        "added_stride",
+        "norm_x_stride",
+        "norm_y_stride",
     ]
 )
 def product_kernel(
@@ -68,7 +72,15 @@ def product_kernel(
     w_ptr,  # the full weight, channels innermost
     y_ptr,  # pixels to write: y, or dX
     bias_ptr,
-    partials_ptr,  # float32 [views, tiles of rows, 2, n]: mean and sum of squared deviations of a tile
+    partials_ptr,  # float32 [views, tiles of rows, 2, n]: of a tile of y mean and sum of squared deviations; of one of
+    # dX, of every phase, the sums of g and of g * normalised x, where g is what the norm's activation passes
+    added_ptr,  # pixels like those of dX, or None
+    norm_x_ptr,  # of the norm whose result x is
+    norm_y_ptr,  # its result, given if the mask is to come from it
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean_ptr,  # [views, n]
+    rstd_ptr,
     images,  # of a view
     a_h,
     a_w,
@@ -81,6 +93,9 @@ def product_kernel(
     w_tap,
     y_stride,
     tiles_per_view,
+    added_stride,
+    norm_x_stride,
+    norm_y_stride,
     KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -96,6 +111,7 @@ def product_kernel(
     VECTOR: tl.constexpr,
     BIAS: tl.constexpr,
     STATISTICS: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # of the norm whose result x is
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -203,17 +219,36 @@ def product_kernel(
 
     if BIAS:
         acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    result = acc.to(y_ptr.dtype.element_ty)
     ok = row_ok[:, None] & n_ok[None, :]
+    if added_ptr is not None:
+        added = tl.load(added_ptr + target[:, None] * (added_stride * VECTOR) + n[None, :], mask=ok, other=0.0)
+        acc += added.to(tl.float32)
+    result = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + target[:, None] * (y_stride * VECTOR) + n[None, :], result, mask=ok)
-    if STATISTICS:  # of what was stored, which is what a batch norm would read
+    if STATISTICS:  # of what was stored, which is what a norm would read; past the last row there are zeros
         values = result.to(tl.float32)
-        count = tl.minimum(BLOCK_M, rows - tile * BLOCK_M).to(tl.float32)
-        mean = tl.sum(values, 0) / count  # past the last row there are zeros, without a bias
-        deviations = tl.where(row_ok[:, None], values - mean[None, :], 0.0)
-        partial = partials_ptr + tile_m.to(tl.int64) * (2 * n_size) + n
-        tl.store(partial, mean, mask=n_ok)
-        tl.store(partial + n_size, tl.sum(deviations * deviations, 0), mask=n_ok)
+        if GRADIENT:
+            mean = tl.load(mean_ptr + view * n_size + n, mask=n_ok, other=0.0)[None, :]
+            rstd = tl.load(rstd_ptr + view * n_size + n, mask=n_ok, other=0.0)
+            scale = (rstd * load_vector(norm_weight_ptr, n, n_size, 1.0))[None, :]
+            bias = load_vector(norm_bias_ptr, n, n_size, 0.0)[None, :]
+            norm_x = norm_x_ptr + target[:, None] * (norm_x_stride * VECTOR) + n[None, :]
+            x = tl.load(norm_x, mask=ok, other=0.0)
+            centred = x.to(tl.float32) - mean
+            y_offsets = target[:, None] * (norm_y_stride * VECTOR) + n[None, :]
+            values = passed(values, x, centred, scale, bias, norm_y_ptr, y_offsets, ok, ACTIVATION)
+            sum0 = tl.sum(values, 0)
+            sum1 = tl.sum(values * centred, 0) * rstd
+            chunk = (view * tl.num_programs(1) + tl.program_id(1)) * tiles_per_view + tile
+        else:
+            count = tl.minimum(BLOCK_M, rows - tile * BLOCK_M).to(tl.float32)
+            sum0 = tl.sum(values, 0) / count
+            deviations = tl.where(row_ok[:, None], values - sum0[None, :], 0.0)
+            sum1 = tl.sum(deviations * deviations, 0)
+            chunk = tile_m
+        partial = partials_ptr + chunk.to(tl.int64) * (2 * n_size) + n
+        tl.store(partial, sum0, mask=n_ok)
+        tl.store(partial + n_size, sum1, mask=n_ok)
 
 
 @triton.jit(
@@ -407,7 +442,7 @@ GRADIENT_TILES = {
     "any": (Tile(64, 64, 32, 8),),
     "any ieee": (Tile(32, 64, 32, 4),),
 }
-COLUMNS_WITH_STATISTICS = 128  # at most: their epilogue holds the results once more, in float32
+COLUMNS_WITH_EPILOGUE = 128  # at most, where results are held once more in float32
 LEAST_ROWS_OF_A_PIECE = 512
 BLOCKS_PER_MULTIPROCESSOR = 2  # that dW's pieces make, if there are rows enough
 ADDED_AT_A_TIME = 1024  # elements of dW, by one block
@@ -522,7 +557,15 @@ def _is_flat(geometry: Geometry, channels: int, tile: int) -> bool:
 
 
 def _product_constants(
-    geometry: Geometry, *, gradient: bool, flat: bool, vector: int, bias: bool, statistics: bool, precision: str
+    geometry: Geometry,
+    *,
+    gradient: bool,
+    flat: bool,
+    vector: int,
+    bias: bool,
+    statistics: bool,
+    activation: str | None,
+    precision: str,
 ) -> dict[str, Any]:
     return {
         **geometry.constants(),
@@ -532,6 +575,7 @@ def _product_constants(
         "VECTOR": vector,
         "BIAS": bias,
         "STATISTICS": statistics,
+        "ACTIVATION": activation,
         "PRECISION": "tf32" if precision == "half" else precision,
     }
 
@@ -546,25 +590,36 @@ def _product(
     *,
     gradient: bool = False,
     views: int | None = None,
+    added: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> Moments | None:
-    """Writes y from a; with `views`, also gives the moments of y, a tile of rows being a chunk."""
+    """Writes y from a, or, as a gradient, dX from dY, plus `added`.
+
+    With `views`, also gives the moments of y, a tile of rows being a chunk; or, as a gradient, what `norm` needs of it.
+    """
     (images, k_size, a_h, a_w), (_, n_size, y_h, y_w) = a.shape, y.shape
     outputs, inputs = (k_size, n_size) if gradient else (n_size, k_size)
     a, a_stride = _pixels(a)
     y_stride = _pixels(y)[1]
+    added, added_stride = (None, 0) if added is None else _pixels(added)
+    norm_x, norm_y, *of_norm, activation = [None] * 7 if norm is None else norm
+    norm_x, norm_x_stride = (None, 0) if norm_x is None else _pixels(norm_x)
+    norm_y, norm_y_stride = (None, 0) if norm_y is None else _pixels(norm_y)
     weight, (w_out, w_tap) = _readable(weight, outputs, inputs)
-    vector = _vector(k_size, n_size, a_stride, w_out, w_tap, y_stride)
+    strides = (a_stride, w_out, w_tap, y_stride, added_stride, norm_x_stride, norm_y_stride)
+    vector = _vector(k_size, n_size, *strides)
+    a_stride, w_out, w_tap, y_stride, *epilogue_strides = (stride // vector for stride in strides)
     parts = views or 1
     stride_h, stride_w = geometry.stride if gradient else (1, 1)
     rows = images // parts * triton.cdiv(y_h, stride_h) * triton.cdiv(y_w, stride_w)  # the largest phase of a view
     phases = stride_h * stride_w
     gpu = device(a.device.index)
-    most = 1 << 31 if views is None else COLUMNS_WITH_STATISTICS
+    most = 1 << 31 if views is None and added is None else COLUMNS_WITH_EPILOGUE
     tile = _tile(PRODUCT_TILES, precision, vector, n_size, gpu.capability, most)
     if parts * phases * triton.cdiv(rows, tile.m) * triton.cdiv(n_size, tile.n) < gpu.multiprocessors:
         tile = FEW_ROWS.get(precision, tile) if vector > 1 else tile
     tiles = triton.cdiv(rows, tile.m)
-    partials = None if views is None else partial_sums(tiles, n_size, a, views)
+    partials = None if views is None else partial_sums(phases * tiles, n_size, a, views)
     constants = _product_constants(
         geometry,
         gradient=gradient,
@@ -572,6 +627,7 @@ def _product(
         vector=vector,
         bias=bias is not None,
         statistics=views is not None,
+        activation=activation,
         precision=precision,
     )
     with torch.cuda.device_of(a):
@@ -581,6 +637,10 @@ def _product(
             y,
             y if bias is None else bias,
             y if partials is None else partials,
+            added,
+            norm_x,
+            norm_y,
+            *of_norm,
             images // parts,
             a_h,
             a_w,
@@ -588,11 +648,12 @@ def _product(
             y_w,
             k_size // vector,
             n_size // vector,
-            a_stride // vector,
-            w_out // vector,
-            w_tap // vector,
-            y_stride // vector,
+            a_stride,
+            w_out,
+            w_tap,
+            y_stride,
             tiles,
+            *epilogue_strides,
             **constants,
             **_settings(tile, a.element_size(), gpu.shared_memory),
         )
@@ -630,10 +691,25 @@ def conv2d_moments(
     return y, moments
 
 
-def input_gradient(grad: Tensor, weight: Tensor, dx: Tensor, geometry: Geometry, precision: str) -> None:
-    """Writes dX [N, c, H, W], whose pixels lie at one distance, from dY [N, outputs, H', W']."""
-    if dx.numel() > 0:
-        _product(grad, weight, None, dx, geometry, precision, gradient=True)
+def input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    geometry: Geometry,
+    precision: str,
+    added: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor | None:
+    """Writes dX [N, c, H, W], whose pixels lie at one distance, from dY [N, outputs, H', W'], plus `added`, like dX.
+
+    With `norm`, whose result x is, also returns the sums that its backward needs (`batch_norm.backward`): of what its
+    activation passes of dX, which is stored whole.
+    """
+    if dx.numel() == 0:
+        return None
+    views = None if norm is None else norm.mean.size(0)
+    sums = _product(grad, weight, None, dx, geometry, precision, gradient=True, views=views, added=added, norm=norm)
+    return None if sums is None else sums.partials
 
 
 def _gradient_constants(geometry: Geometry, *, add: bool, flat: bool, vector: int, precision: str) -> dict[str, Any]:
@@ -736,7 +812,7 @@ def binaries(capability: int) -> Iterator[Binary]:
             if capability >= tile.capability:
                 for dx in (False, True):
                     yield product("3x3", tile, precision, dtype, dx=dx)
-                if tile.n <= COLUMNS_WITH_STATISTICS:
+                if tile.n <= COLUMNS_WITH_EPILOGUE:
                     yield product("3x3", tile, precision, dtype, statistics=True)
         for tile in GRADIENT_TILES[precision]:
             yield gradient("3x3", tile, precision, dtype)
@@ -819,7 +895,12 @@ def _product_binary(
     vector: int = 8,
     bias: bool = False,
     statistics: bool = False,
+    added: bool = False,
+    norm: str | None = None,
+    activation: str | None = None,
 ) -> Binary:
+    """norm: "x" or "y", if dX gives the sums for a norm and masks by its x or its y."""
+    statistics = statistics or norm is not None
     constants = _product_constants(
         _GEOMETRIES[geometry],
         gradient=dx,
@@ -827,15 +908,22 @@ def _product_binary(
         vector=vector,
         bias=bias,
         statistics=statistics,
+        activation=activation,
         precision=precision,
     )
-    pointers = {name: f"*{dtype}" for name in ("a_ptr", "w_ptr", "y_ptr", "bias_ptr", "partials_ptr")}
+    tensors = ("a_ptr", "w_ptr", "y_ptr", "bias_ptr", "partials_ptr", "added_ptr", "norm_x_ptr", "norm_y_ptr")
+    vectors = ("norm_weight_ptr", "norm_bias_ptr", "mean_ptr", "rstd_ptr")
+    pointers = {**dict.fromkeys(tensors, f"*{dtype}"), **dict.fromkeys(vectors, "*fp32")}
     if statistics:
         pointers["partials_ptr"] = "*fp32"
-    name = f"{'dX' if dx else 'forward'} {geometry}{' +bias' * bias}{' +statistics' * statistics}"
+    unused = {"x": ["norm_y_ptr"], "y": ["norm_bias_ptr"], None: ["norm_x_ptr", "norm_y_ptr", *vectors]}[norm]
+    constants |= dict.fromkeys(unused if added else [*unused, "added_ptr"])
+    of_norm = "" if norm is None else f" +sums by {norm}{'' if activation is None else f', {activation}'}"
+    name = f"{'dX' if dx else 'forward'} {geometry}{' +bias' * bias}{' +statistics' * (statistics and not dx)}"
+    name += f"{' +added' * added}{of_norm}"
     # Bias and statistics: one element of a channel by each thread. TF32 needs both factors with k innermost, which the
     # weight of dX has not, and is transposed on its way, element by element.
-    narrow = 16 if bias or statistics else None if dx and precision == "tf32" else 0
+    narrow = None if dx and precision == "tf32" else 16 if bias or statistics else 0
     return _tiled(capability, name, product_kernel, pointers, constants, tile, dtype, narrow)
 
 

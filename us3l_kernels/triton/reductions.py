@@ -26,6 +26,25 @@ def load_vector(pointer, c, channels, default):
 
 
 @triton.jit
+def passed(g, x, centred, scale, bias, y_ptr, y_offsets, ok, ACTIVATION: tl.constexpr):
+    """The gradient g of an activation's result where the activation passes it, else 0.
+
+    By the result if y_ptr is given, else by what it was computed of, rounded as the forward rounded: centred * scale +
+    bias, of x's dtype.
+    """
+    if ACTIVATION is not None:
+        if y_ptr is not None:
+            y = tl.load(y_ptr + y_offsets, mask=ok, other=0.0).to(tl.float32)
+        else:
+            y = (centred * scale + bias).to(x.dtype).to(tl.float32)
+        passes = y > 0.0
+        if ACTIVATION == "relu6":
+            passes = passes & (y < 6.0)
+        g = tl.where(passes, g, 0.0)
+    return g
+
+
+@triton.jit
 def load_partials(partials_ptr, view, first, chunks, c, channels, BLOCK_CHUNKS: tl.constexpr):
     """Of BLOCK_CHUNKS chunks from the `first` on: both sums, zero past the last chunk, and which of them are there."""
     chunk = first + tl.arange(0, BLOCK_CHUNKS)
@@ -79,6 +98,9 @@ CHUNKS = 512
 STAGE2 = {"BLOCK_CHUNKS": 128, "BLOCK_C": 8}
 """The tile of a second stage: few channels, so that it has many programs."""
 
+STAGE2_OF_TILES = {"BLOCK_CHUNKS": 512, "BLOCK_C": 8}
+"""Behind a convolution, which gives a chunk for each tile: many of them at a time."""
+
 WARPS = 4
 
 
@@ -106,7 +128,8 @@ def add_sums(
 ) -> None:
     """The second stage: adds sums of g and of g * normalised x to the gradients, and gives their means per view."""
     views, chunks, _, channels = partials.shape
-    add_sums_kernel[(triton.cdiv(channels, STAGE2["BLOCK_C"]),)](
+    tile = STAGE2 if chunks <= CHUNKS else STAGE2_OF_TILES
+    add_sums_kernel[(triton.cdiv(channels, tile["BLOCK_C"]),)](
         partials,
         means,
         grad_weight,
@@ -115,7 +138,7 @@ def add_sums(
         chunks,
         views,
         channels,
-        **STAGE2,
+        **tile,
         num_warps=WARPS,
     )
 

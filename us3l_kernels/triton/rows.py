@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from us3l_kernels.layout import is_rows
@@ -24,8 +25,9 @@ def as_rows(t: Tensor, channels: int = 1) -> Tensor:
 
 
 def new_rows(t: Tensor, channels: int = 1) -> Tensor:
-    """Like t, uninitialised, as dense rows of channels."""
-    return t.new_empty(t.movedim(channels, -1).shape).movedim(-1, channels)
+    """Like t, uninitialised, as dense rows of channels. Not as a view: nobody may write to one from a Function."""
+    rows = torch.empty(t.movedim(channels, -1).shape, device="meta").movedim(-1, channels)
+    return t.new_empty_strided(t.shape, rows.stride())
 
 
 def in_units(channels: int, tensors: Sequence[Tensor | None], dimension: int = 1) -> tuple[int, int, list[int]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from us3l_kernels import functional
 from us3l_kernels.backends import backend
+from us3l_kernels.triton import Norm
 from us3l_kernels.triton import conv2d as kernels
 
 CANARY = 3.0
@@ -109,6 +110,71 @@ def test_sum_of_pieces_is_added_in_any_layout(monkeypatch):
         assert_close(gradient[:24, :16] - CANARY, expected, torch.float32, factor=4)
         gradient[:24, :16] = CANARY
         assert torch.equal(gradient, torch.full_like(gradient, CANARY))
+
+
+EPILOGUES = {
+    # name: (added, mask by the norm's "x" or "y", None for no norm, activation)
+    "added": (True, None, None),
+    "sums": (False, "x", None),
+    "relu": (False, "x", "relu"),
+    "added, relu6": (True, "x", "relu6"),
+    "added, relu of a sum": (True, "y", "relu"),
+    "relu6 of a sum": (False, "y", "relu6"),
+}
+
+
+@pytest.mark.parametrize(
+    "case,epilogue,dtype",
+    [
+        *(("3x3/2", epilogue, torch.float32) for epilogue in EPILOGUES),
+        *((case, "added, relu6", torch.float16) for case in CASES),
+    ],
+    ids=str,
+)
+def test_epilogue_of_dx(case, epilogue, dtype):
+    """Another gradient added, and the sums for the norm in front: each view its own, and phases without taps."""
+    n, c, h, w, full_out, out, full_in, kernel, stride, padding, dilation = CASES[case]
+    added, mask, activation = EPILOGUES[epilogue]
+    geometry = kernels.Geometry(kernel, stride, padding, dilation)
+    inner = random(out, c, *kernel, dtype=dtype) / (c * kernel[0] * kernel[1]) ** 0.5
+    weight = poisoned((full_out, full_in, *kernel), inner)
+    wider = -(-c // 8) * 8 + 8
+    grad = random(n, out, *geometry.output((h, w)), dtype=dtype)
+    x, y, other = (surrounded(random(n, c, h, w, dtype=dtype) * 3, wider) for _ in range(3))
+    vectors = [torch.cat([random(c, dtype=torch.float32), torch.full((3,), torch.nan)]) for _ in range(2)]
+    statistics = [random(n, c, dtype=torch.float32) for _ in range(2)]  # every image is a view
+    norm = None if mask is None else Norm(x, y if mask == "y" else None, *vectors, *statistics, activation)
+    dx = surrounded(torch.zeros(n, c, h, w, dtype=dtype), wider)
+    precision = "half" if dtype == torch.float16 else "ieee"
+    sums = kernels.input_gradient(grad, weight, dx, geometry, precision, other if added else None, norm)
+    size = x.shape
+    expected = torch.nn.grad.conv2d_input(size, inner.double(), grad.double(), stride, padding, dilation)
+    assert_close(dx, expected + other.double() * added, dtype)
+    assert (sums is None) == (norm is None)
+    if sums is not None:
+        mean, rstd, scale, shift = (t[..., :c, None, None] for t in (*statistics, *vectors))
+        before = y if mask == "y" else ((x - mean) * (rstd * scale) + shift).to(dtype)  # rounded as the forward rounds
+        centred = x.double() - mean
+        passes = (before > 0) & ((before < 6) | (activation == "relu")) | (activation is None)
+        g = dx.double() * passes
+        assert_close(sums.double().sum(1)[:, 0], g.sum((2, 3)), torch.float32)
+        assert_close(sums.double().sum(1)[:, 1], (g * centred * rstd).sum((2, 3)), torch.float32)
+
+
+def test_epilogue_of_large_tiles(monkeypatch):
+    """As on a GPU with pixels enough: with fewer columns than without an epilogue."""
+    monkeypatch.setattr(kernels, "device", lambda index: kernels.Device(90, 1, 227 << 10))
+    dtype, geometry = torch.float16, kernels.Geometry((1, 2), (1, 1), (0, 1), (1, 1))
+    weight = random(16, 200, 1, 2, dtype=dtype)
+    x, dx, other = (random(2, 200, 9, 8, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(3))
+    grad = random(2, 16, 9, 9, dtype=dtype)
+    norm = Norm(x, None, None, None, torch.zeros(1, 200), torch.ones(1, 200), None)
+    sums = kernels.input_gradient(grad, weight, dx, geometry, "half", other, norm)
+    expected = torch.nn.grad.conv2d_input(dx.shape, weight.double(), grad.double(), padding=(0, 1)) + other.double()
+    assert_close(dx, expected, dtype)
+    assert sums.shape == (1, 2, 2, 200)  # of 144 pixels
+    assert_close(sums.double().sum((0, 1))[0], dx.double().sum((0, 2, 3)), torch.float32)
+    assert_close(sums.double().sum((0, 1))[1], (dx.double() * x.double()).sum((0, 2, 3)), torch.float32)
 
 
 @pytest.mark.parametrize("views", [1, 2])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from us3l_kernels import functional, reference
 from us3l_kernels.backends import backend
-from us3l_kernels.triton import batch_norm, reductions
+from us3l_kernels.triton import Norm, batch_norm, reductions
 
 CANARY = 3.0
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # largest error over largest value
@@ -108,6 +108,31 @@ def test_batch_norm(case, training):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batch_norm_without_parameters(dtype):
     check_batch_norm("relu", dtype, training=True, affine=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_batch_norm_backward_with_known_sums(case, monkeypatch):
+    """In many chunks, as a convolution gives them: as if it had taken them itself."""
+    monkeypatch.setattr(reductions, "CHUNKS", 2)
+    monkeypatch.setattr(reductions, "STAGE2_OF_TILES", {"BLOCK_CHUNKS": 2, "BLOCK_C": 8})
+    shape, views, activation, residual = CASES[case]
+    c = shape[1]
+    x, y, grad = (random(*shape, dtype=torch.float32) * 3 for _ in range(3))
+    weight, bias, mean, rstd = (random(*size, dtype=torch.float32) for size in ((c,), (c,), (views, c), (views, c)))
+    norm = Norm(x, y if residual else None, weight, bias, mean, rstd, activation)
+    needs = (True, residual and activation is not None, True)
+    gradients = [torch.zeros(c) for _ in range(4)]
+    taken = []
+    add_sums = batch_norm.add_sums
+    monkeypatch.setattr(batch_norm, "add_sums", lambda sums, *rest: (taken.append(sums), add_sums(sums, *rest)))
+    dx, dresidual = batch_norm.backward(grad, norm, *gradients[:2], *needs)
+    sums = taken[0].sum(1, keepdim=True)
+    parts = torch.rand(views, 5, *sums.shape[2:])
+    monkeypatch.delattr(batch_norm, "sums_kernel")
+    again, dresidual_again = batch_norm.backward(grad, norm, *gradients[2:], *needs, sums * parts / parts.sum(1, True))
+    for got, wanted in zip((again, *gradients[2:]), (dx, *gradients[:2]), strict=True):
+        assert_close(got, wanted.double(), TOLERANCE[torch.float32])
+    assert dresidual is dresidual_again or torch.equal(dresidual, dresidual_again)
 
 
 @pytest.mark.slow
