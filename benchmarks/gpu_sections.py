@@ -845,9 +845,7 @@ def packing(setup: Setup) -> Iterator[Item]:
         copies = packed.PackedWeights(buffer)
 
         def pack(_: int) -> None:
-            for copy in copies._copies.values():
-                copy.version = -1
-            copies.refresh()
+            copies._pack()
 
         def cast(_: int) -> None:
             for p, s in zip(full, slices, strict=True):
@@ -1003,10 +1001,8 @@ def capture(setup: Setup) -> Iterator[Item]:
         return {
             "ms": {which: [value * 1e3 for value in values] for which, values in seconds.items()},
             "reserved_mb": memory,
-            "plans": None if plans is None else {
-                "passes": len(plans), "graphs": plans.graphs, "packed_mb": plans.nbytes / 2**20
-            },
-        }  # fmt: skip
+            "plans": None if plans is None else {"passes": len(plans), "graphs": plans.graphs},
+        }
 
     for name, arguments in networks(setup).items():
         yield name, partial(run, *arguments)

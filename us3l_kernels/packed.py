@@ -1,4 +1,4 @@
-"""Low-precision copies of the weights that a width uses, kept from one update to the next, and their gradients.
+"""Low-precision copies of the weights that a width uses, made at once for all layers, and their gradients.
 
 Under autocast every convolution and matrix product casts the slice of its float32 weight, in the forward and again in
 the backward, and adds a low-precision gradient to the slice of the full one. On a GPU these are four short kernels for
@@ -6,17 +6,15 @@ each layer. Here they are two for a whole width:
 
     packed = PackedWeights(buffer)      # for one width; buffer: us3l_kernels.gradients.attach(model)
     ...
-    packed.refresh()                    # all slices that the width used before, where their parameters have changed
-    with packed:
+    with packed:                        # on the way in: copies of all slices that it used before
         loss(model(x)).backward()       # cuDNN and cuBLAS on the copies
                                         # on the way out: all gradients of attached parameters, into their slices
 
 The results are those without it, bit for bit: the same values are cast and added, at other times. The gradients of
 attached parameters are complete when the context is left, not yet after `.backward()`; ordinary ones are as ever.
 
-A copy is valid for one version of its parameter, as in `us3l_kernels.weight_cache`: torch counts the writes of
-optimizers, `copy_`, `load_state_dict` and averaging; `us3l_kernels.invalidate(model)` is for those it does not, and
-US3L_CHECK_CACHE=1 finds a forgotten call.
+The copies live inside the context. Keeping them would gain nothing, for between two uses of a width there is an update
+of the weights; and a CUDA graph that was captured around the context makes them in memory that it shares with others.
 """
 
 from __future__ import annotations
@@ -29,18 +27,26 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from us3l_kernels import _native, weight_cache
+from us3l_kernels import _native
 from us3l_kernels.gradients import GradientBuffer
 
 _T = TypeVar("_T")
 
 
 @dataclass
-class _Copy:
-    """parameter: that it depends on. source: the slice that is copied. version: of the parameter, when it was."""
+class _Slice:
+    """parameter: that it is a part of. stride, dtype: of its copy."""
 
     parameter: nn.Parameter
     source: Tensor
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class _Copy:
+    """version: of the parameter, when it was copied."""
+
     data: Tensor
     version: int
 
@@ -48,13 +54,15 @@ class _Copy:
 class PackedWeights:
     """The copies that one width uses; see the module.
 
-    It fills itself: what is used inside for the first time is copied then, and kept. So use one object for each width
-    (of equal rounded channels). It takes two bytes for each active weight, which live as long as it does.
+    It learns what they are: what is used inside for the first time is copied then, and with all others from the next
+    time on. So use one object for each width (of equal rounded channels). Inside, it takes two bytes for each active
+    weight.
 
     buffer: that the model's gradients are attached to; None if they are ordinary.
     """
 
     def __init__(self, buffer: GradientBuffer | None = None) -> None:
+        self._slices: dict[tuple[object, ...], _Slice] = {}
         self._copies: dict[tuple[object, ...], _Copy] = {}
         self._gradients: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by address: slices of the buffer, what to add
         self._buffer = None if buffer is None else buffer.flat.untyped_storage().data_ptr()
@@ -62,32 +70,26 @@ class PackedWeights:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the copies."""
-        return sum(copy.data.nbytes for copy in self._copies.values())
+        """Memory of the copies, inside."""
+        return sum(each.source.numel() * each.dtype.itemsize for each in self._slices.values())
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy again what has changed since it was copied, all at once.
-
-        Raises RuntimeError with US3L_CHECK_CACHE=1 if a parameter has changed and torch did not count it.
-        """
-        stale = []
-        for copy in self._copies.values():
-            if copy.version != copy.parameter._version:
-                copy.version = copy.parameter._version
-                stale.append(copy)
-            elif weight_cache.checks() and not _same_bits(copy.data, copy.source.to(copy.data.dtype)):
-                raise weight_cache.uncounted_change(copy.parameter)
-        for copies in _groups(stale, lambda copy: copy.data):
-            sources, data = [copy.source for copy in copies], [copy.data for copy in copies]
-            if _has_kernel("multi_tensor_pack", data[0], sources[0]):
-                torch.ops.us3l_native.multi_tensor_pack(sources, data)
+    def _pack(self) -> None:
+        for key, each in self._slices.items():
+            shape, device = each.source.shape, each.source.device
+            data = torch.empty_strided(shape, each.stride, dtype=each.dtype, device=device)
+            self._copies[key] = _Copy(data, each.parameter._version)
+        pairs = [(each.source, self._copies[key].data) for key, each in self._slices.items()]
+        for alike in _groups(pairs, lambda pair: pair[1]):
+            sources, copies = map(list, zip(*alike, strict=True))
+            if _has_kernel("multi_tensor_pack", copies[0], sources[0]):
+                torch.ops.us3l_native.multi_tensor_pack(sources, copies)
             else:
-                torch._foreach_copy_(data, sources)
+                torch._foreach_copy_(copies, sources)
 
     def __enter__(self) -> PackedWeights:
         global _current
-        self.refresh()
+        self._pack()
         # Of the process, not of a thread: on a GPU the backward runs in a thread of torch's.
         self._outer, _current = _current, self
         return self
@@ -98,6 +100,7 @@ class PackedWeights:
         if kind is None:
             self._flush()
         self._gradients.clear()
+        self._copies.clear()
 
     def cast(self, weight: Tensor, active: Tensor, dtype: torch.dtype) -> Tensor:
         """`active`, a slice of the full `weight`, in `dtype`: the copy, if it can be told when the weight changes."""
@@ -107,8 +110,8 @@ class PackedWeights:
         key = (active.data_ptr(), active.shape, active.stride(), dtype)
         copy = self._copies.get(key)
         if copy is None:
-            copy = _Copy(parameter, active.detach(), active.detach().to(dtype), parameter._version)
-            self._copies[key] = copy
+            copy = self._copies[key] = _Copy(active.detach().to(dtype), parameter._version)
+            self._slices[key] = _Slice(parameter, active.detach(), copy.data.stride(), dtype)
         elif copy.version != parameter._version:  # changed inside the context
             copy.data.copy_(active.detach())
             copy.version = parameter._version
@@ -157,10 +160,6 @@ def _has_kernel(op: str, packed: Tensor, full: Tensor) -> bool:
         and full.dtype == torch.float32
         and _is_dense(packed)
     )
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
 _current: PackedWeights | None = None

@@ -1,16 +1,16 @@
-"""What can be kept for a width from one training step to the next: packed weights, and a CUDA graph of its kernels.
+"""What can be kept for a width from one training step to the next: which weights to pack, and a CUDA graph.
 
 A pass (the forward and backward of one width, say) launches hundreds of short kernels, and so waits for the host. A
 CUDA graph launches all of them at once, but only for the very shapes and addresses that it was captured with. Widths
-that round to the same channels run the same kernels, and there are few of those (ResNet-18 between 0.25 and 1: 90): a
-graph for each is made when it is needed, and kept while it is in use.
+that round to the same channels run the same kernels, and there are few of those (between 0.25 and 1, ResNet-18 has 90
+and ResNet-50 378): a graph for each is made when it is needed, and kept while it is in use.
 
     plans = Plans(buffer, capture=CudaGraphs(device))
     with plans.stream():
         loss, = plans.run(("student", plan_key(model)), work, images)      # work(images) -> (loss.detach(),)
 
 A pass that is met for the first time runs as it is written: it counts, and it is the warm-up (libraries are loaded,
-algorithms chosen, weights packed) of the capture at the second time. From then on it is replayed.
+algorithms chosen, the weights to pack known) of the capture at the second time. From then on it is replayed.
 """
 
 from __future__ import annotations
@@ -91,14 +91,14 @@ class _Plan:
 class Plans:
     """Runs passes, each with its packed weights, and from its second time on as a graph.
 
-    The `capacity` passes that were used last are kept. Packed weights take at most 2 * capacity bytes for each weight
-    of the model (`nbytes` says how many it is); graphs share the memory of the largest one.
+    The `capacity` passes that were used last are kept: by default more than a network has. All tensors of the graphs,
+    packed weights among them, share the memory of the largest one; what each takes for itself are its launches.
 
     buffer: that the gradients of the model are attached to.
     capture: how to make graphs; None for packed weights alone.
     """
 
-    def __init__(self, buffer: GradientBuffer, *, capture: Capture | None = None, capacity: int = 64) -> None:
+    def __init__(self, buffer: GradientBuffer, *, capture: Capture | None = None, capacity: int = 512) -> None:
         if capacity < 1:
             raise ValueError(f"capacity: expected at least 1 plan, got {capacity}")
         self.buffer = buffer
@@ -115,11 +115,6 @@ class Plans:
         """How many passes are kept as graphs."""
         return sum(plan.replay is not None for plan in self._plans.values())
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the packed weights."""
-        return sum(plan.packed.nbytes for plan in self._plans.values())
-
     def run(self, key: Hashable, work: Work, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         """work(*inputs), a tuple of tensors without history, whichever way it is computed.
 
@@ -135,7 +130,6 @@ class Plans:
             self._plans.popitem(last=False)
         if self.capture is None or not plan.met:
             return self._run(plan, work, inputs)
-        plan.packed.refresh()
         for slot in plan.slots:
             slot.mark()
         if plan.replay is None:

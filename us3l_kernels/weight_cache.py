@@ -97,21 +97,11 @@ def derived(parameter: Tensor, kind: str, *, size: Callable[[], int], fill: Call
             if _cache.check:
                 entry.checksum = _checksum(parameter)
         elif _cache.check and entry.checksum != _checksum(parameter):
-            raise uncounted_change(parameter)
+            raise RuntimeError(
+                f"a parameter of shape {tuple(parameter.shape)} was changed in a way that torch does not count "
+                "(through `.data`, or another alias of its memory): call us3l_kernels.invalidate(model) after that"
+            )
         return entry.data
-
-
-def checks() -> bool:
-    """Whether US3L_CHECK_CACHE=1 asks to compare what was derived with its parameter."""
-    return _cache.check
-
-
-def uncounted_change(parameter: Tensor) -> RuntimeError:
-    """The error for a parameter that is not what was derived from it."""
-    return RuntimeError(
-        f"a parameter of shape {tuple(parameter.shape)} was changed in a way that torch does not count "
-        "(through `.data`, or another alias of its memory): call us3l_kernels.invalidate(model) after that"
-    )
 
 
 def _checksum(parameter: Tensor) -> int:
@@ -123,7 +113,7 @@ def invalidate(model: nn.Module) -> None:
     with _cache.lock:
         for parameter in model.parameters():
             _cache.entries.pop(parameter, None)
-    # Now torch counts the write, too: packed copies (us3l_kernels.packed) ask for nothing else.
+    # Now torch counts the write, too: that is what packed copies (us3l_kernels.packed) go by while they live.
     torch.autograd.graph.increment_version([p for p in model.parameters() if not p.is_inference()])
 
 
