@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -118,6 +120,19 @@ def test_packages_import_without_the_native_library(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@needs_library
+def test_a_library_older_than_its_sources_is_said_to_be(tmp_path: Path) -> None:
+    library = ModuleType("_C")
+    library.__file__ = str(tmp_path / "_C.so")
+    (tmp_path / "_C.so").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _native._warn_if_outdated(library)
+    os.utime(library.__file__, (0, 0))
+    with pytest.warns(UserWarning, match="is older than the sources in .*csrc: run `make build`"):
+        _native._warn_if_outdated(library)
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ backends that need it say why they cannot run (`why`, `why_cuda`), and so does `
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +25,19 @@ def _import(name: str) -> tuple[ModuleType | None, str | None]:
 # _C first: it registers the schemas of the CUDA kernels as well.
 _C, why = _import("_C")
 _C_cuda, why_cuda = _import("_C_cuda") if _C is not None else (None, why)
+
+
+def _warn_if_outdated(library: ModuleType | None) -> None:
+    """In a checkout that was updated, the library may lack operations that the Python code calls."""
+    sources = Path(__file__).parents[1] / "csrc"
+    if library is None or library.__file__ is None or not sources.is_dir():
+        return
+    of_library = [path for folder in (sources, sources / "cpu") for path in folder.iterdir() if path.is_file()]
+    if max(path.stat().st_mtime for path in of_library) > Path(library.__file__).stat().st_mtime:
+        warnings.warn(f"{library.__file__} is older than the sources in {sources}: run `make build`", stacklevel=2)
+
+
+_warn_if_outdated(_C)
 
 
 def _read_isa() -> tuple[str | None, str | None]:
