@@ -777,8 +777,8 @@ def norms(setup: Setup) -> Iterator[Item]:
 
 def blocks(setup: Setup) -> Iterator[Item]:
     """Two residual blocks in a row (two views), forward and backward: each as one operation beside its modules one by
-    one. The gain is predicted to be, of each norm, a read of its input forward, and backward a read of its gradient and
-    its input less one of the latter; and the addition of gradients of a block's input."""
+    one. Predicted is the gain of a read of each norm's input forward, of a read of its gradient backward, and of the
+    addition of the gradients of a block's input."""
     kinds: dict[str, Callable[[int], nn.Module]] = {
         "basic": lambda c: BasicBlock(c, c, 1, Layers()),
         "bottleneck": lambda c: Bottleneck(c, c // 4, 1, Layers()),

@@ -148,8 +148,8 @@ class Pair(NamedTuple):
 
     @property
     def has_epilogues(self) -> bool:
-        """Whether the convolution takes the sums of the norms before and behind it while it writes."""
-        return self.backend == "triton" and self.groups == 1
+        """Whether the convolution takes sums for norms while it writes: in dX, and with one group in the forward."""
+        return self.backend == "triton"
 
 
 class _KnownSums(NamedTuple):
@@ -266,9 +266,10 @@ def _norm_of_producer(node: Any) -> Norm | None:
 
 
 def _norm(pairs: Sequence[Pair], saved: Sequence[Any], i: int) -> Norm:
-    """That of a pair, from what the forward has saved."""
+    """That of a pair, from what the forward has saved, or what hooks on saved tensors have made of it."""
     n = len(pairs)
     _, c, mean, rstd = saved[4 * i : 4 * i + 4]
+    c = c.contiguous(memory_format=torch.channels_last)
     _, weight, bias = saved[4 * n + 3 * i : 4 * n + 3 * i + 3]
     y = saved[-1] if i == n - 1 else None
     return Norm(c, y, weight, bias if y is None else None, mean, rstd, pairs[i].activation)
@@ -277,7 +278,7 @@ def _norm(pairs: Sequence[Pair], saved: Sequence[Any], i: int) -> Norm:
 def _convolution(x: Tensor, weight: Tensor, pair: Pair, views: int) -> tuple[Tensor, Moments | None]:
     """The convolution of a pair, as rows of channels; with the moments of its result if it takes them."""
     geometry = (pair.out_channels, pair.stride, pair.padding, pair.dilation)
-    if pair.has_epilogues:
+    if pair.has_epilogues and pair.groups == 1:
         return conv2d_moments(x, weight, *geometry, views)
     c = below_autograd["conv2d"](x, weight, None, *geometry, pair.groups, pair.backend)
     return c.contiguous(memory_format=torch.channels_last), None
@@ -309,7 +310,9 @@ def _joined_gradient(
         return (dx if added is None else dx.add_(added)), None
     if into_weight is not None:
         _convolution_backward(grad, x, weight, into_weight, pair)
-    return conv2d_input_gradient(grad, x, weight, added, norm, pair.stride, pair.padding, pair.dilation)
+    return conv2d_input_gradient(
+        grad, x, weight, added, norm, pair.stride, pair.padding, pair.dilation, pair.groups
+    )
 
 
 def pair_chain(

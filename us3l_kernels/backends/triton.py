@@ -159,7 +159,7 @@ class TritonBackend(Backend):
             with torch.cuda.device_of(x):
                 if grad_weight is not None:
                     depthwise.weight_gradient(grad, x, grad_weight, geometry)
-                return depthwise.input_gradient(grad, weight, x, geometry) if need_grad_x else None
+                return depthwise.input_gradient(grad, weight, x, geometry)[0] if need_grad_x else None
         if grad_weight is not None:
             conv2d.weight_gradient(grad, x, grad_weight, geometry, precision)
         if not need_grad_x:
@@ -316,11 +316,15 @@ def conv2d_input_gradient(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """dX of `conv2d` with one group, plus `added`; and what the backward of `norm` needs, if x is its result."""
-    from us3l_kernels.triton import conv2d
+    """dX of `conv2d`, plus `added`; and what the backward of `norm` needs, if x is its result."""
+    from us3l_kernels.triton import conv2d, depthwise
 
     geometry = conv2d.Geometry.of(weight, stride, padding, dilation)
+    if _is_depthwise(weight, groups):
+        with torch.cuda.device_of(x):
+            return depthwise.input_gradient(grad, weight, x, geometry, added, norm)
     active = cast(weight, weight[: grad.size(1), : x.size(1)], x.dtype)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     return dx, conv2d.input_gradient(grad, active, dx, geometry, _convolution_precision(x), added, norm)

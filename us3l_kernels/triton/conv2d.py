@@ -433,6 +433,14 @@ PRODUCT_TILES = {
     "any": (Tile(64, 64, 32, 8),),
     "any ieee": (Tile(64, 32, 16, 4, capability=100), Tile(64, 64, 16, 8)),
 }
+# Of dX with an epilogue, which needs registers for what it reads.
+JOINED_TILES = {
+    "half": (Tile(128, 64, 64, 8, channels=64), Tile(128, 128, 64, 8)),
+    "tf32": (Tile(64, 64, 32, 8),),
+    "ieee": (Tile(64, 32, 16, 8),),
+    "any": (Tile(64, 64, 32, 8),),
+    "any ieee": (Tile(64, 32, 16, 8),),
+}
 FEW_ROWS = {"half": Tile(64, 64, 64, 4), "tf32": Tile(64, 64, 32, 8)}
 """Instead of those that would be fewer than the multiprocessors."""
 GRADIENT_TILES = {
@@ -442,7 +450,7 @@ GRADIENT_TILES = {
     "any": (Tile(64, 64, 32, 8),),
     "any ieee": (Tile(32, 64, 32, 4),),
 }
-COLUMNS_WITH_EPILOGUE = 128  # at most, where results are held once more in float32
+COLUMNS_WITH_STATISTICS = 128  # at most: their epilogue holds the results once more, in float32
 LEAST_ROWS_OF_A_PIECE = 512
 BLOCKS_PER_MULTIPROCESSOR = 2  # that dW's pieces make, if there are rows enough
 ADDED_AT_A_TIME = 1024  # elements of dW, by one block
@@ -614,8 +622,9 @@ def _product(
     rows = images // parts * triton.cdiv(y_h, stride_h) * triton.cdiv(y_w, stride_w)  # the largest phase of a view
     phases = stride_h * stride_w
     gpu = device(a.device.index)
-    most = 1 << 31 if views is None and added is None else COLUMNS_WITH_EPILOGUE
-    tile = _tile(PRODUCT_TILES, precision, vector, n_size, gpu.capability, most)
+    most = 1 << 31 if views is None else COLUMNS_WITH_STATISTICS
+    tiles_of = PRODUCT_TILES if added is None and norm is None else JOINED_TILES
+    tile = _tile(tiles_of, precision, vector, n_size, gpu.capability, most)
     if parts * phases * triton.cdiv(rows, tile.m) * triton.cdiv(n_size, tile.n) < gpu.multiprocessors:
         tile = FEW_ROWS.get(precision, tile) if vector > 1 else tile
     tiles = triton.cdiv(rows, tile.m)
@@ -812,7 +821,7 @@ def binaries(capability: int) -> Iterator[Binary]:
             if capability >= tile.capability:
                 for dx in (False, True):
                     yield product("3x3", tile, precision, dtype, dx=dx)
-                if tile.n <= COLUMNS_WITH_EPILOGUE:
+                if tile.n <= COLUMNS_WITH_STATISTICS:
                     yield product("3x3", tile, precision, dtype, statistics=True)
         for tile in GRADIENT_TILES[precision]:
             yield gradient("3x3", tile, precision, dtype)

@@ -6,6 +6,7 @@ Sums are in float32, and in an order that depends on the shapes alone. Addresses
 The forward and dX are one kernel, which writes tiles of pixels. A pixel of y sees x at stride * pixel + dilation * tap
 - padding. The pixels of dX that are equal modulo the stride (a phase) see dY at their place plus something linear in
 every stride-th tap: each phase is a correlation with stride 1 and its own taps, and the phases are an axis of the grid.
+dX has the epilogue that conv2d.py has: another gradient added, and the sums for the norm whose result x is.
 
 4 bytes an element are read and written in half precision, with stride 1, and as many by dW, which reads x and dY. What
 a pixel's neighbours have read comes from the L1 cache: kh * kw vectors of 16 bytes for each one written, which is what
@@ -23,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.triton import DTYPES, Binary
+from us3l_kernels.triton import DTYPES, Binary, Norm
 from us3l_kernels.triton.conv2d import Geometry, first_tap
-from us3l_kernels.triton.reductions import CHUNKS, STAGE2, WARPS, in_chunks, load_vector
+from us3l_kernels.triton.reductions import CHUNKS, STAGE2, WARPS, in_chunks, load_vector, partial_sums, passed
 from us3l_kernels.triton.rows import as_rows, in_units, new_rows
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -49,9 +50,13 @@ def _phase(
         "y_w",
         "tile_h",
         "tile_w",
+        "tiles_per_view",
         "c_units",
         "a_stride",
         "y_stride",
+        "added_stride",
+        "norm_x_stride",
+        "norm_y_stride",
     ]
 )
 def correlation_kernel(
@@ -59,16 +64,28 @@ def correlation_kernel(
     taps_ptr,  # [kh * kw, channels]
     y_ptr,  # pixels to write: y, or dX
     bias_ptr,
-    images,
+    partials_ptr,  # these as in conv2d.py, each None where it is not asked for
+    added_ptr,
+    norm_x_ptr,
+    norm_y_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    images,  # of a view
     a_h,
     a_w,
     y_h,
     y_w,
     tile_h,  # powers of two; the rest of BLOCK_PIXELS is images
     tile_w,
+    tiles_per_view,
     c_units,  # channels in units of VECTOR, as are the strides
     a_stride,
     y_stride,
+    added_stride,
+    norm_x_stride,
+    norm_y_stride,
     KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -80,6 +97,7 @@ def correlation_kernel(
     STEP_H: tl.constexpr,  # from one tap of a phase to the next; 1 in the forward
     STEP_W: tl.constexpr,
     GRADIENT: tl.constexpr,  # dX from dY, else y from x
+    ACTIVATION: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -105,12 +123,14 @@ def correlation_kernel(
 
     tiles_w = tl.cdiv(rows_w, tile_w)
     tiles_h = tl.cdiv(rows_h, tile_h)
-    tile = tl.program_id(0) // blocks_c
+    view = tl.program_id(0) // blocks_c // tiles_per_view
+    tile = tl.program_id(0) // blocks_c % tiles_per_view
     pixel = tl.arange(0, BLOCK_PIXELS)
     w = tile % tiles_w * tile_w + pixel % tile_w
     h = tile // tiles_w % tiles_h * tile_h + pixel // tile_w % tile_h
     image = tile // (tiles_w * tiles_h) * (BLOCK_PIXELS // (tile_h * tile_w)) + pixel // (tile_h * tile_w)
     pixel_ok = (w < rows_w) & (h < rows_h) & (image < images)
+    image += view * images
     if GRADIENT:
         top = h + origin_h
         left = w + origin_w
@@ -138,8 +158,25 @@ def correlation_kernel(
             acc += a * filters.to(tl.float32)[None, :]
     if bias_ptr is not None:
         acc += load_vector(bias_ptr, c, channels, 0.0)[None, :]
-    y_rows = y_ptr + target[:, None] * (y_stride.to(tl.int64) * VECTOR)
-    tl.store(y_rows + c[None, :], acc.to(y_ptr.dtype.element_ty), mask=pixel_ok[:, None] & c_ok[None, :])
+    ok = pixel_ok[:, None] & c_ok[None, :]
+    target = target[:, None]
+    if added_ptr is not None:
+        acc += tl.load(added_ptr + target * (added_stride * VECTOR) + c[None, :], mask=ok, other=0.0).to(tl.float32)
+    result = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + target * (y_stride * VECTOR) + c[None, :], result, mask=ok)
+    if norm_x_ptr is not None:
+        mean = tl.load(mean_ptr + view * channels + c, mask=c_ok, other=0.0)[None, :]
+        rstd = tl.load(rstd_ptr + view * channels + c, mask=c_ok, other=0.0)
+        scale = (rstd * load_vector(norm_weight_ptr, c, channels, 1.0))[None, :]
+        bias = load_vector(norm_bias_ptr, c, channels, 0.0)[None, :]
+        x = tl.load(norm_x_ptr + target * (norm_x_stride * VECTOR) + c[None, :], mask=ok, other=0.0)
+        centred = x.to(tl.float32) - mean
+        y_offsets = target * (norm_y_stride * VECTOR) + c[None, :]
+        g = passed(result.to(tl.float32), x, centred, scale, bias, norm_y_ptr, y_offsets, ok, ACTIVATION)
+        chunk = (view * tl.num_programs(1) + tl.program_id(1)) * tiles_per_view + tile
+        partial = partials_ptr + chunk.to(tl.int64) * (2 * channels) + c
+        tl.store(partial, tl.sum(g, 0), mask=c_ok)
+        tl.store(partial + channels, tl.sum(g * centred, 0) * rstd, mask=c_ok)
 
 
 @triton.jit(
@@ -258,42 +295,64 @@ DW_SUMS = {2: 32, 4: 16}
 
 
 def _correlate(
-    a: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None, geometry: Geometry, gradient: bool
-) -> None:
-    """y from x, or dX from dY with the phases of dX as the second axis of the grid."""
+    a: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    gradient: bool,
+    added: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor | None:
+    """y from x; or dX from dY with the phases of dX as the second axis of the grid, plus `added`. Returns what `norm`
+    needs of dX."""
     images, channels, height, width = y.shape
+    norm_x, norm_y, *of_norm, activation = [None] * 7 if norm is None else norm
+    views = 1 if norm is None else norm.mean.size(0)
+    images //= views
     phases = geometry.stride if gradient else (1, 1)
     rows_h, rows_w = triton.cdiv(height, phases[0]), triton.cdiv(width, phases[1])
-    vector, units, strides = in_units(channels, (a, y))
+    vector, units, strides = in_units(channels, (a, y, added, norm_x, norm_y))
     tile_w = min(TILE, triton.next_power_of_2(rows_w))
     tile_h = min(TILE, triton.next_power_of_2(rows_h), BLOCK_PIXELS[vector] // tile_w)
     images_of_tile = BLOCK_PIXELS[vector] // (tile_h * tile_w)
     tiles = triton.cdiv(images, images_of_tile) * triton.cdiv(rows_h, tile_h) * triton.cdiv(rows_w, tile_w)
     # Filters with channels innermost, so that a program reads a tap as a vector.
     taps = weight[:channels].flatten(1).t().contiguous()
-    correlation_kernel[(tiles * triton.cdiv(channels, BLOCK_C), math.prod(phases))](
+    partials = None if norm is None else partial_sums(math.prod(phases) * tiles, channels, a, views)
+    correlation_kernel[(views * tiles * triton.cdiv(channels, BLOCK_C), math.prod(phases))](
         a,
         taps,
         y,
         bias,
+        partials,
+        added,
+        norm_x,
+        norm_y,
+        *of_norm,
         images,
         *a.shape[2:],
         height,
         width,
         tile_h,
         tile_w,
+        tiles,
         units,
         *strides,
-        **_correlation_constants(geometry, gradient, vector),
+        **_correlation_constants(geometry, gradient, vector, activation),
         num_warps=WARPS,
     )
+    return partials
 
 
-def _correlation_constants(geometry: Geometry, gradient: bool, vector: int) -> dict[str, int]:
+def _correlation_constants(
+    geometry: Geometry, gradient: bool, vector: int, activation: str | None = None
+) -> dict[str, Any]:
     return {
         **geometry.constants(),
         **(geometry.steps() if gradient else {"STEP_H": 1, "STEP_W": 1}),
         "GRADIENT": gradient,
+        "ACTIVATION": activation,
         "VECTOR": vector,
         "BLOCK_PIXELS": BLOCK_PIXELS[vector],
         "BLOCK_C": BLOCK_C,
@@ -308,12 +367,20 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -
     return y
 
 
-def input_gradient(grad: Tensor, weight: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """dX, like x, channels_last."""
+def input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    geometry: Geometry,
+    added: Tensor | None = None,
+    norm: Norm | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(dX plus `added`, like x, channels_last; what `norm` needs of it, if x is its result), as in conv2d.py."""
     dx = new_rows(x)
-    if dx.numel() > 0:
-        _correlate(as_rows(grad), weight, dx, None, geometry, gradient=True)
-    return dx
+    if dx.numel() == 0:
+        return dx, None
+    added = None if added is None else as_rows(added)
+    return dx, _correlate(as_rows(grad), weight, dx, None, geometry, gradient=True, added=added, norm=norm)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geometry) -> None:
@@ -390,11 +457,20 @@ def _binaries(name: str, dtype: str, vector: int) -> Iterator[Binary]:
     geometry = _GEOMETRIES[name]
     kind = f"{name} {dtype}{'' if vector > 1 else ', any channels'}"
     settings: dict[str, Any] = {"warps": WARPS, "stages": 3, "matrix": False, "narrow": 2 if vector > 1 else None}
-    for gradient in (False, True):
-        types = {"a_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "taps_ptr": "*fp32"}
-        constants: dict[str, Any] = {**_correlation_constants(geometry, gradient, vector), "bias_ptr": None}
+    tensors = ("a_ptr", "y_ptr", "added_ptr", "norm_x_ptr", "norm_y_ptr")
+    vectors = ("taps_ptr", "partials_ptr", "norm_weight_ptr", "norm_bias_ptr", "mean_ptr", "rstd_ptr")
+    types = {**dict.fromkeys(tensors, f"*{dtype}"), **dict.fromkeys(vectors, "*fp32")}
+    epilogue = dict.fromkeys((*tensors[2:], *vectors[1:]))
+    for kind_of, gradient, activation, unused in (
+        ("forward", False, None, epilogue),
+        ("dX", True, None, epilogue),
+    ):
+        constants: dict[str, Any] = {
+            **_correlation_constants(geometry, gradient, vector, activation), "bias_ptr": None, **unused
+        }
+        narrow = settings["narrow"] if unused is epilogue or vector == 1 else 16  # vectors of channels
         yield Binary(
-            f"depthwise {'dX' if gradient else 'forward'} {kind}", correlation_kernel, types, constants, **settings
+            f"depthwise {kind_of} {kind}", correlation_kernel, types, constants, **{**settings, "narrow": narrow}
         )
     types = {"grad_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "partials_ptr": "*fp32"}
     constants = _gradient_constants(geometry, vector, DTYPES[dtype])

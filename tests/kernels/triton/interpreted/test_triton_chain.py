@@ -59,27 +59,29 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 CASES = {
-    # name: (case, how many norms take their sums in a pass: the last, and those in front of a depthwise convolution)
-    "basic": (Case(24, basic(24), "x", (4, 6, 5), 2), 1),
-    "basic, odd channels": (Case(7, basic(13, 2), "another", (4, 5, 6), 2), 1),
-    "bottleneck, sliced": (Case(40, bottleneck(24, 40), "x", (2, 5, 6), 1, 0.6), 1),
-    "bottleneck, stride 2": (Case(16, bottleneck(8, 32, 2), "another", (4, 5, 6), 2), 1),
-    "inverted": (Case(16, inverted(48, 16), "x", (4, 6, 5), 2), 2),
-    "inverted, stride 2": (Case(16, inverted(24, 24, 2), "none", (4, 6, 5), 2), 2),
-    "1x1 alone": (Case(24, [Layer(24, 1)], "x", (3, 5, 4), 3), 1),
-    "no activation": (Case(16, [Layer(24, activation=None), Layer(16, activation=None)], "x", (2, 5, 6)), 1),
-    "relu6 of a sum": (Case(16, [Layer(24, 3, 1, "relu6"), Layer(16, 1, 1, "relu6")], "another", (2, 5, 4)), 1),
-    "taps that phases lack": (Case(16, [Layer(16, 3, (2, 1)), Layer(8, 1, 2), Layer(16)], "none", (2, 9, 9), 2), 1),
+    "basic": Case(24, basic(24), "x", (4, 6, 5), 2),
+    "basic, odd channels": Case(7, basic(13, 2), "another", (4, 5, 6), 2),
+    "bottleneck, sliced": Case(40, bottleneck(24, 40), "x", (2, 5, 6), 1, 0.6),
+    "bottleneck, stride 2": Case(16, bottleneck(8, 32, 2), "another", (4, 5, 6), 2),
+    "inverted": Case(16, inverted(48, 16), "x", (4, 6, 5), 2),
+    "inverted, stride 2": Case(16, inverted(24, 24, 2), "none", (4, 6, 5), 2),
+    "inverted, nothing expands": Case(8, inverted(8, 8)[1:], "x", (2, 5, 4), 2),
+    "depthwise alone": Case(16, [Layer(None, 5, 2, "relu6")], "none", (4, 6, 5), 2),
+    "1x1 alone": Case(24, [Layer(24, 1)], "x", (3, 5, 4), 3),
+    "no activation": Case(16, [Layer(24, activation=None), Layer(16, activation=None)], "x", (2, 5, 6)),
+    "relu6 of a sum": Case(16, [Layer(24, 3, 1, "relu6"), Layer(16, 1, 1, "relu6")], "another", (2, 5, 4)),
+    "taps that phases lack": Case(16, [Layer(16, 3, (2, 1)), Layer(8, 1, 2), Layer(16)], "none", (2, 9, 9), 2),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_against_float64(name: str, chains: list[int], passes: list[Any]) -> None:
-    case, sums = CASES[name]
+    """Of the norms only the last one's sums take a pass."""
+    case = CASES[name]
     with backend("triton"):
         block, x, residual, upstream, expected = case.drawn()
         assert_close(run(block, x, residual, upstream, case.views), expected)
-    assert chains[-1] == len(case.layers) and len(passes) == sums
+    assert chains[-1] == len(case.layers) and len(passes) == 1
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -236,7 +238,7 @@ def _hooks_on_saved_tensors(which: int) -> Callable[..., None]:
         y = x
         for i, block in enumerate((model.first, model.second)):
             if i == which:
-                with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+                with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().contiguous().clone(), lambda t: t):
                     y = block(y)
             else:
                 y = block(y)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.kernels.triton.epilogues import EPILOGUES, check_epilogue, surrounded
 from us3l_kernels import functional
 from us3l_kernels.backends import backend
 from us3l_kernels.triton import Norm
@@ -31,14 +32,6 @@ CASES = {
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-
-def surrounded(x: Tensor, channels: int) -> Tensor:
-    """x [N, c, H, W] as a prefix of a wider channels_last tensor, with NaN between its pixels, before and behind."""
-    n, c, h, w = x.shape
-    memory = torch.full(((n * h * w + 2) * channels,), torch.nan, dtype=x.dtype)
-    view = memory[channels:].as_strided((n, c, h, w), (h * w * channels, 1, w * channels, channels))
-    return view.copy_(x)
 
 
 def poisoned(full: tuple[int, ...], active: Tensor) -> Tensor:
@@ -112,17 +105,6 @@ def test_sum_of_pieces_is_added_in_any_layout(monkeypatch):
         assert torch.equal(gradient, torch.full_like(gradient, CANARY))
 
 
-EPILOGUES = {
-    # name: (added, mask by the norm's "x" or "y", None for no norm, activation)
-    "added": (True, None, None),
-    "sums": (False, "x", None),
-    "relu": (False, "x", "relu"),
-    "added, relu6": (True, "x", "relu6"),
-    "added, relu of a sum": (True, "y", "relu"),
-    "relu6 of a sum": (False, "y", "relu6"),
-}
-
-
 @pytest.mark.parametrize(
     "case,epilogue,dtype",
     [
@@ -134,31 +116,19 @@ EPILOGUES = {
 def test_epilogue_of_dx(case, epilogue, dtype):
     """Another gradient added, and the sums for the norm in front: each view its own, and phases without taps."""
     n, c, h, w, full_out, out, full_in, kernel, stride, padding, dilation = CASES[case]
-    added, mask, activation = EPILOGUES[epilogue]
     geometry = kernels.Geometry(kernel, stride, padding, dilation)
     inner = random(out, c, *kernel, dtype=dtype) / (c * kernel[0] * kernel[1]) ** 0.5
     weight = poisoned((full_out, full_in, *kernel), inner)
-    wider = -(-c // 8) * 8 + 8
     grad = random(n, out, *geometry.output((h, w)), dtype=dtype)
-    x, y, other = (surrounded(random(n, c, h, w, dtype=dtype) * 3, wider) for _ in range(3))
-    vectors = [torch.cat([random(c, dtype=torch.float32), torch.full((3,), torch.nan)]) for _ in range(2)]
-    statistics = [random(n, c, dtype=torch.float32) for _ in range(2)]  # every image is a view
-    norm = None if mask is None else Norm(x, y if mask == "y" else None, *vectors, *statistics, activation)
-    dx = surrounded(torch.zeros(n, c, h, w, dtype=dtype), wider)
-    precision = "half" if dtype == torch.float16 else "ieee"
-    sums = kernels.input_gradient(grad, weight, dx, geometry, precision, other if added else None, norm)
-    size = x.shape
-    expected = torch.nn.grad.conv2d_input(size, inner.double(), grad.double(), stride, padding, dilation)
-    assert_close(dx, expected + other.double() * added, dtype)
-    assert (sums is None) == (norm is None)
-    if sums is not None:
-        mean, rstd, scale, shift = (t[..., :c, None, None] for t in (*statistics, *vectors))
-        before = y if mask == "y" else ((x - mean) * (rstd * scale) + shift).to(dtype)  # rounded as the forward rounds
-        centred = x.double() - mean
-        passes = (before > 0) & ((before < 6) | (activation == "relu")) | (activation is None)
-        g = dx.double() * passes
-        assert_close(sums.double().sum(1)[:, 0], g.sum((2, 3)), torch.float32)
-        assert_close(sums.double().sum(1)[:, 1], (g * centred * rstd).sum((2, 3)), torch.float32)
+
+    def input_gradient(added, norm):
+        dx = surrounded(torch.zeros(n, c, h, w, dtype=dtype), -(-c // 8) * 8 + 8)
+        precision = "half" if dtype == torch.float16 else "ieee"
+        return dx, kernels.input_gradient(grad, weight, dx, geometry, precision, added, norm)
+
+    shape = (n, c, h, w)
+    expected = torch.nn.grad.conv2d_input(shape, inner.double(), grad.double(), stride, padding, dilation)
+    check_epilogue(EPILOGUES[epilogue], input_gradient, expected, dtype, TOLERANCE[dtype])
 
 
 def test_epilogue_of_large_tiles(monkeypatch):

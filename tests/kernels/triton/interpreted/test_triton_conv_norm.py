@@ -158,15 +158,11 @@ def _bias(pair: Pair) -> None:
     pair.conv.bias = nn.Parameter(torch.zeros(16))
 
 
-def _groups(pair: Pair) -> None:
-    pair.conv = SlicedConv2d(16, 16, 3, padding=1, groups=16, bias=False)
-
-
 def _compile(pair: Pair) -> None:
     pair.forward = torch.compile(pair.forward, backend="eager", fullgraph=True)
 
 
-@pytest.mark.parametrize("change", [_hook, _evaluate, _running_statistics, _bias, _groups, _compile])
+@pytest.mark.parametrize("change", [_hook, _evaluate, _running_statistics, _bias, _compile])
 def test_the_modules_are_called_when_more_is_asked_of_them(change: Callable[[Pair], None], calls: Mock) -> None:
     pair = Pair(16, 16, 3, 1, None).to(memory_format=torch.channels_last)
     with backend("triton"):

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.kernels.triton.epilogues import EPILOGUES, check_epilogue, surrounded
 from us3l_kernels import functional
 from us3l_kernels.backends import backend
+from us3l_kernels.triton import depthwise as kernels
 
 CANARY = 3.0
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # largest error over largest value
@@ -28,14 +30,6 @@ CASES = {
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-
-def surrounded(x: Tensor, channels: int) -> Tensor:
-    """x [N, c, H, W] as a prefix of a wider channels_last tensor, with NaN between its pixels, before and behind."""
-    n, c, h, w = x.shape
-    memory = torch.full(((n * h * w + 2) * channels,), torch.nan, dtype=x.dtype)
-    view = memory[channels:].as_strided((n, c, h, w), (h * w * channels, 1, w * channels, channels))
-    return view.copy_(x)
 
 
 def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
@@ -65,6 +59,29 @@ def check(case: str, dtype: torch.dtype, weight_dtype: torch.dtype, transposed: 
     assert_close(gradient[:c] - CANARY, wd.grad, weight_dtype, factor=4)  # the canary costs a rounding
     gradient[:c] = CANARY
     assert torch.equal(gradient, torch.full_like(gradient, CANARY))
+
+
+@pytest.mark.parametrize(
+    "case,epilogue,dtype",
+    [
+        *(("3x3/2", epilogue, torch.float32) for epilogue in EPILOGUES),
+        *((case, "added, relu6", torch.float16) for case in CASES),
+    ],
+    ids=str,
+)
+def test_epilogue_of_dx(case, epilogue, dtype):
+    """As of the convolutions with one group: each view its own, and phases without taps."""
+    n, c, h, w, full, kernel, stride, padding, dilation = CASES[case]
+    geometry = kernels.Geometry(kernel, stride, padding, dilation)
+    weight = torch.full((full, 1, *kernel), torch.nan)
+    weight[:c] = random(c, 1, *kernel, dtype=torch.float32)
+    grad, x = random(n, c, *geometry.output((h, w)), dtype=dtype), random(n, c, h, w, dtype=dtype)
+    expected = torch.nn.grad.conv2d_input(x.shape, weight[:c].double(), grad.double(), stride, padding, dilation, c)
+
+    def input_gradient(added, norm):
+        return kernels.input_gradient(grad, weight, x, geometry, added, norm)
+
+    check_epilogue(EPILOGUES[epilogue], input_gradient, expected, dtype, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("case", CASES)
