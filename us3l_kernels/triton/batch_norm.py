@@ -554,5 +554,6 @@ def _binaries(block_c: int, dtype: str, vector: int, activation: str | None, res
         (f"normalise{fused}, evaluation", normalise_kernel, {"ACTIVATION": activation, **added}),
         (f"sums{fused}", sums_kernel, {"ACTIVATION": activation, **masking}),
         (f"dX{fused}", dx_kernel, behind_sums),
+        *([(f"dX{fused}, sums known", dx_kernel, {"ACTIVATION": activation, **masking})] if residual else []),
     ):
         yield Binary(f"batch norm {name} {kind}", kernel, types, {**tile, **constants}, **settings)

@@ -623,9 +623,10 @@ def _product(
     phases = stride_h * stride_w
     gpu = device(a.device.index)
     most = 1 << 31 if views is None else COLUMNS_WITH_STATISTICS
-    tiles_of = PRODUCT_TILES if added is None and norm is None else JOINED_TILES
-    tile = _tile(tiles_of, precision, vector, n_size, gpu.capability, most)
-    if parts * phases * triton.cdiv(rows, tile.m) * triton.cdiv(n_size, tile.n) < gpu.multiprocessors:
+    joined = added is not None or norm is not None
+    tile = _tile(JOINED_TILES if joined else PRODUCT_TILES, precision, vector, n_size, gpu.capability, most)
+    few = parts * phases * triton.cdiv(rows, tile.m) * triton.cdiv(n_size, tile.n) < gpu.multiprocessors
+    if few or (joined and _is_flat(geometry, k_size, tile.k)):  # which spills with larger tiles
         tile = FEW_ROWS.get(precision, tile) if vector > 1 else tile
     tiles = triton.cdiv(rows, tile.m)
     partials = None if views is None else partial_sums(phases * tiles, n_size, a, views)
@@ -823,9 +824,13 @@ def binaries(capability: int) -> Iterator[Binary]:
                     yield product("3x3", tile, precision, dtype, dx=dx)
                 if tile.n <= COLUMNS_WITH_STATISTICS:
                     yield product("3x3", tile, precision, dtype, statistics=True)
+        for tile in (*JOINED_TILES[precision], *few_rows):
+            for norm in ("x", "y"):
+                yield product("3x3", tile, precision, dtype, dx=True, added=True, norm=norm, activation="relu6")
         for tile in GRADIENT_TILES[precision]:
             yield gradient("3x3", tile, precision, dtype)
     tile, narrow = PRODUCT_TILES["half"][1], PRODUCT_TILES["half"][0]
+    joined = JOINED_TILES["half"][1]
     of_gradient, narrow_of_gradient = GRADIENT_TILES["half"][1], GRADIENT_TILES["half"][0]
     for dtype in ("bf16", "fp16"):
         for geometry in _GEOMETRIES:
@@ -839,14 +844,23 @@ def binaries(capability: int) -> Iterator[Binary]:
     yield gradient("3x3", narrow_of_gradient, "half", "bf16", flat=True)
     for dtype in ("bf16", "fp16"):
         yield product("1x1", tile, "half", dtype, statistics=True)
+        for geometry in ("1x1", "3x3/2"):
+            yield product(geometry, joined, "half", dtype, dx=True, norm="x", activation="relu")
     yield product("3x3", narrow, "half", "bf16", statistics=True, flat=True)
+    yield product("3x3", FEW_ROWS["half"], "half", "bf16", dx=True, flat=True, norm="x", activation="relu")
+    yield product("1x1", joined, "half", "bf16", dx=True, added=True)
+    yield product("1x1", joined, "half", "bf16", dx=True, added=True, norm="y", activation="relu")
+    yield product("1x1", joined, "half", "bf16", dx=True, added=True, norm="x")
     yield product("1x1", tile, "half", "bf16", bias=True)
     for precision, dtype in (("half", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
-        tile, of_gradient = (_tile(t, precision, 1, 1, capability) for t in (PRODUCT_TILES, GRADIENT_TILES))
+        tables = (PRODUCT_TILES, JOINED_TILES, GRADIENT_TILES)
+        tile, of_dx, of_gradient = (_tile(table, precision, 1, 1, capability) for table in tables)
         for flat in (False, True):
             for dx in (False, True):
                 yield product("3x3", tile, precision, dtype, dx=dx, flat=flat, vector=1)
             yield product("3x3", tile, precision, dtype, statistics=True, flat=flat, vector=1)
+            of_norm = {"added": True, "norm": "x", "activation": "relu6"}
+            yield product("3x3", of_dx, precision, dtype, dx=True, flat=flat, vector=1, **of_norm)
             yield gradient("3x3", of_gradient, precision, dtype, flat=flat, vector=1)
     for dtype in DTYPES:
         for vector, innermost in ((8, True), (1, True), (1, False)):

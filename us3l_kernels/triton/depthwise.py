@@ -313,9 +313,10 @@ def _correlate(
     phases = geometry.stride if gradient else (1, 1)
     rows_h, rows_w = triton.cdiv(height, phases[0]), triton.cdiv(width, phases[1])
     vector, units, strides = in_units(channels, (a, y, added, norm_x, norm_y))
+    pixels = _block_pixels(vector, y.element_size(), joined=added is not None or norm is not None)
     tile_w = min(TILE, triton.next_power_of_2(rows_w))
-    tile_h = min(TILE, triton.next_power_of_2(rows_h), BLOCK_PIXELS[vector] // tile_w)
-    images_of_tile = BLOCK_PIXELS[vector] // (tile_h * tile_w)
+    tile_h = min(TILE, triton.next_power_of_2(rows_h), pixels // tile_w)
+    images_of_tile = pixels // (tile_h * tile_w)
     tiles = triton.cdiv(images, images_of_tile) * triton.cdiv(rows_h, tile_h) * triton.cdiv(rows_w, tile_w)
     # Filters with channels innermost, so that a program reads a tap as a vector.
     taps = weight[:channels].flatten(1).t().contiguous()
@@ -339,14 +340,19 @@ def _correlate(
         tiles,
         units,
         *strides,
-        **_correlation_constants(geometry, gradient, vector, activation),
+        **_correlation_constants(geometry, gradient, vector, pixels, activation),
         num_warps=WARPS,
     )
     return partials
 
 
+def _block_pixels(vector: int, itemsize: int, joined: bool) -> int:
+    """Of a program; half as many of float32 where dX has an epilogue, which would else spill."""
+    return BLOCK_PIXELS[vector] // (2 if joined and itemsize == 4 else 1)
+
+
 def _correlation_constants(
-    geometry: Geometry, gradient: bool, vector: int, activation: str | None = None
+    geometry: Geometry, gradient: bool, vector: int, pixels: int, activation: str | None
 ) -> dict[str, Any]:
     return {
         **geometry.constants(),
@@ -354,7 +360,7 @@ def _correlation_constants(
         "GRADIENT": gradient,
         "ACTIVATION": activation,
         "VECTOR": vector,
-        "BLOCK_PIXELS": BLOCK_PIXELS[vector],
+        "BLOCK_PIXELS": pixels,
         "BLOCK_C": BLOCK_C,
     }
 
@@ -464,11 +470,15 @@ def _binaries(name: str, dtype: str, vector: int) -> Iterator[Binary]:
     for kind_of, gradient, activation, unused in (
         ("forward", False, None, epilogue),
         ("dX", True, None, epilogue),
+        ("dX +sums by x, relu6", True, "relu6", dict.fromkeys(("added_ptr", "norm_y_ptr"))),
+        ("dX +added +sums by y, relu", True, "relu", {"norm_bias_ptr": None}),
     ):
+        joined = unused is not epilogue
+        pixels = _block_pixels(vector, DTYPES[dtype], joined)
+        narrow = 16 if joined and vector > 1 else settings["narrow"]  # vectors of channels
         constants: dict[str, Any] = {
-            **_correlation_constants(geometry, gradient, vector, activation), "bias_ptr": None, **unused
+            **_correlation_constants(geometry, gradient, vector, pixels, activation), "bias_ptr": None, **unused
         }
-        narrow = settings["narrow"] if unused is epilogue or vector == 1 else 16  # vectors of channels
         yield Binary(
             f"depthwise {kind_of} {kind}", correlation_kernel, types, constants, **{**settings, "narrow": narrow}
         )

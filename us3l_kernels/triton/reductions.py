@@ -147,6 +147,5 @@ def binaries(capability: int) -> Iterator[Binary]:
     """What `add_sums` asks for."""
     pointers = ("partials_ptr", "means_ptr", "grad_weight_ptr", "grad_bias_ptr")
     types = dict.fromkeys(pointers, "*fp32")
-    yield Binary(
-        "add_sums", add_sums_kernel, types, STAGE2, warps=WARPS, stages=3, matrix=False, narrow=None
-    )
+    for name, tile in (("add_sums", STAGE2), ("add_sums of tiles", STAGE2_OF_TILES)):
+        yield Binary(name, add_sums_kernel, types, tile, warps=WARPS, stages=3, matrix=False, narrow=None)

@@ -132,12 +132,12 @@ def test_epilogue_of_dx(case, epilogue, dtype):
 
 
 def test_epilogue_of_large_tiles(monkeypatch):
-    """As on a GPU with pixels enough: with fewer columns than without an epilogue."""
+    """As on a GPU with pixels enough."""
     monkeypatch.setattr(kernels, "device", lambda index: kernels.Device(90, 1, 227 << 10))
     dtype, geometry = torch.float16, kernels.Geometry((1, 2), (1, 1), (0, 1), (1, 1))
-    weight = random(16, 200, 1, 2, dtype=dtype)
+    weight = random(40, 200, 1, 2, dtype=dtype)
     x, dx, other = (random(2, 200, 9, 8, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(3))
-    grad = random(2, 16, 9, 9, dtype=dtype)
+    grad = random(2, 40, 9, 9, dtype=dtype)
     norm = Norm(x, None, None, None, torch.zeros(1, 200), torch.ones(1, 200), None)
     sums = kernels.input_gradient(grad, weight, dx, geometry, "half", other, norm)
     expected = torch.nn.grad.conv2d_input(dx.shape, weight.double(), grad.double(), padding=(0, 1)) + other.double()
