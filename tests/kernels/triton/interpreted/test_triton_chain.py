@@ -30,7 +30,9 @@ from tests.kernels.blocks import (
     run_frozen,
     run_with_canary,
 )
-from us3l_kernels import backend, fused
+from us3l.models.layers import Layers
+from us3l.models.resnet import Bottleneck, ResNet
+from us3l_kernels import backend, fused, set_width, views
 from us3l_kernels.triton import batch_norm
 
 
@@ -385,3 +387,26 @@ def test_nothing_is_kept_after_backward() -> None:
         y.register_hook(lambda grad: left.append(y.grad_fn.known))
         z.backward(torch.ones_like(z))
     assert left[0] is not None and y.grad_fn.known is None
+
+
+def test_a_network(chains: list[int], passes: list[Any]) -> None:
+    """Of 15 norms five take their own sums: the last, those of two shortcuts, and two whose results a shortcut reads,
+    too."""
+    network = ResNet(Bottleneck, [2, 2], Layers(), stem="small", base_channels=8)
+    network.to(memory_format=torch.channels_last)
+    set_width(network, 0.5)
+    x, upstream = images(4, 3, 12, 12), torch.randn(4, 32)
+
+    def found(model: nn.Module, spec: str, dtype: torch.dtype) -> list[Tensor]:
+        with backend(spec), views(2):
+            y = model(x.to(dtype))
+        y.backward(upstream.to(dtype))
+        return [y.detach(), *(p.grad for p in model.parameters())]
+
+    expected = found(copy.deepcopy(network).double(), "aten", torch.float64)
+    errors = [
+        float((a.double() - e).norm() / e.norm().clamp_min(0.1))
+        for a, e in zip(found(network, "triton", torch.float32), expected, strict=True)
+    ]
+    assert max(errors) < 1e-5, errors
+    assert sorted(chains) == [1, 1, 1, 3, 3, 3, 3] and len(passes) == 5
