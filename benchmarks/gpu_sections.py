@@ -612,16 +612,15 @@ def time_convolution(setup: Setup, case: LayerCase, direction: str, limits: list
         need = direction == "dX"
         return lambda i: backend.conv2d_backward(grads[i], sets[i], weight, into, None, need, *geometry.values())
 
-    copies = packed.PackedWeights()
-
     def cudnn(i: int) -> object:
-        with copies:
-            if direction == "dW":  # what is left is to be added by one kernel for all layers
-                return torch.ops.aten.convolution_backward(
-                    grads[i], sets[i], active, None, *list(geometry.values())[:3], False, [0, 0], groups,
-                    [False, True, False],
-                )  # fmt: skip
-            return side("aten")(i)
+        """On packed weights, which one kernel makes for all layers; gradients are left to be added by another."""
+        sizes = list(geometry.values())[:3]
+        if direction == "forward":
+            return torch.ops.aten.convolution(sets[i], active, None, *sizes, False, [0, 0], groups)
+        wanted = [direction == "dX", direction == "dW", False]
+        return torch.ops.aten.convolution_backward(
+            grads[i], sets[i], active, None, *sizes, False, [0, 0], groups, wanted
+        )
 
     active, groups = active_conv_weight(weight.detach().to(dtype), case.shape[0], out, layer.groups)
     active = active.contiguous(**channels_last)
@@ -851,8 +850,10 @@ def packing(setup: Setup) -> Iterator[Item]:
             for p, s in zip(full, slices, strict=True):
                 p[s].bfloat16()
 
+        nothing_to_pack = packed.PackedWeights(buffer)
+
         def add_at_once(_: int) -> None:
-            with copies:
+            with nothing_to_pack:
                 add_one_by_one(0)
 
         def add_one_by_one(_: int) -> None:
@@ -986,7 +987,8 @@ def capture(setup: Setup) -> Iterator[Item]:
         images = step.random_images(settings, size=size, batch=batch)
         middles = (0.5,) if setup.smoke else (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
         seconds: dict[str, list[float]] = {"first": [], "captured": [], "replayed": []}
-        memory = []
+        memory: list[float] = []
+        used: list[float] = []
         for middle in middles:
             side.settings = replace(settings, widths=(1.0, middle, 0.25))
             for turn, which in enumerate(seconds):
@@ -997,10 +999,13 @@ def capture(setup: Setup) -> Iterator[Item]:
                 seconds[which].append(taken)
             if setup.device.type == "cuda":
                 memory.append(torch.cuda.memory_reserved() / 2**20)
+                free, total = torch.cuda.mem_get_info()  # with what the driver keeps of graphs
+                used.append((total - free) / 2**20)
         plans = side.training.plans
         return {
             "ms": {which: [value * 1e3 for value in values] for which, values in seconds.items()},
             "reserved_mb": memory,
+            "used_mb": used,
             "plans": None if plans is None else {"passes": len(plans), "graphs": plans.graphs},
         }
 

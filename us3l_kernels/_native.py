@@ -32,7 +32,7 @@ def _warn_if_outdated(library: ModuleType | None) -> None:
     sources = Path(__file__).parents[1] / "csrc"
     if library is None or library.__file__ is None or not sources.is_dir():
         return
-    of_library = [path for folder in (sources, sources / "cpu") for path in folder.iterdir() if path.is_file()]
+    of_library = [p for folder in (sources, sources / "cpu") for p in folder.iterdir() if p.suffix in (".cpp", ".h")]
     if max(path.stat().st_mtime for path in of_library) > Path(library.__file__).stat().st_mtime:
         warnings.warn(f"{library.__file__} is older than the sources in {sources}: run `make build`", stacklevel=2)
 

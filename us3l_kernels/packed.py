@@ -13,8 +13,9 @@ each layer. Here they are two for a whole width:
 The results are those without it, bit for bit: the same values are cast and added, at other times. The gradients of
 attached parameters are complete when the context is left, not yet after `.backward()`; ordinary ones are as ever.
 
-The copies live inside the context. Keeping them would gain nothing, for between two uses of a width there is an update
-of the weights; and a CUDA graph that was captured around the context makes them in memory that it shares with others.
+The copies live inside the context. Keeping them would gain little, for between two uses of a width there is an update
+of the weights, unless gradients are accumulated; and a CUDA graph that was captured around the context makes them in
+memory that it shares with others.
 """
 
 from __future__ import annotations
@@ -45,18 +46,19 @@ class _Slice:
 
 @dataclass
 class _Copy:
-    """version: of the parameter, when it was copied."""
+    """version: of the parameter, when it was copied. used: since the context was entered."""
 
     data: Tensor
     version: int
+    used: bool = False
 
 
 class PackedWeights:
     """The copies that one width uses; see the module.
 
     It learns what they are: what is used inside for the first time is copied then, and with all others from the next
-    time on. So use one object for each width (of equal rounded channels). Inside, it takes two bytes for each active
-    weight.
+    time on; what was not used the last time is forgotten. So use one object for each width (of equal rounded channels).
+    Inside, it takes two bytes for each active weight.
 
     buffer: that the model's gradients are attached to; None if they are ordinary.
     """
@@ -74,22 +76,24 @@ class PackedWeights:
         return sum(each.source.numel() * each.dtype.itemsize for each in self._slices.values())
 
     @torch.no_grad()
-    def _pack(self) -> None:
+    def _pack(self) -> dict[tuple[object, ...], _Copy]:
+        packed = {}
         for key, each in self._slices.items():
             shape, device = each.source.shape, each.source.device
             data = torch.empty_strided(shape, each.stride, dtype=each.dtype, device=device)
-            self._copies[key] = _Copy(data, each.parameter._version)
-        pairs = [(each.source, self._copies[key].data) for key, each in self._slices.items()]
+            packed[key] = _Copy(data, each.parameter._version)
+        pairs = [(each.source, packed[key].data) for key, each in self._slices.items()]
         for alike in _groups(pairs, lambda pair: pair[1]):
             sources, copies = map(list, zip(*alike, strict=True))
             if _has_kernel("multi_tensor_pack", copies[0], sources[0]):
                 torch.ops.us3l_native.multi_tensor_pack(sources, copies)
             else:
                 torch._foreach_copy_(copies, sources)
+        return packed
 
     def __enter__(self) -> PackedWeights:
         global _current
-        self._pack()
+        self._copies = self._pack()
         # Of the process, not of a thread: on a GPU the backward runs in a thread of torch's.
         self._outer, _current = _current, self
         return self
@@ -99,6 +103,7 @@ class PackedWeights:
         _current, self._outer = self._outer, None
         if kind is None:
             self._flush()
+            self._slices = {key: each for key, each in self._slices.items() if self._copies[key].used}
         self._gradients.clear()
         self._copies.clear()
 
@@ -115,6 +120,7 @@ class PackedWeights:
         elif copy.version != parameter._version:  # changed inside the context
             copy.data.copy_(active.detach())
             copy.version = parameter._version
+        copy.used = True
         return copy.data
 
     def add(self, destination: Tensor, gradient: Tensor) -> bool:

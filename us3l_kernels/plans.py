@@ -138,6 +138,8 @@ class Plans:
             if held is not None and given is not None:
                 held.hold(given)
         if plan.replay is None:
+            with plan.packed:  # the first pass had nothing to pack: a kernel must not be loaded in a capture
+                pass
             plan.replay = self.capture(lambda: self._recorded(plan, work))
         plan.replay()
         # The next replay overwrites its results.

@@ -65,11 +65,12 @@ struct Columns {
 // this row, and far enough ahead for it to come from memory into the L2 cache. The hardware does not foresee it: what a
 // vector of channels reads lies a pixel apart.
 template <class T, bool kWritten>
-class Ahead {
+class AheadOfRow {
  public:
-  Ahead(T* from, std::int64_t count, std::int64_t parts)
-      : at_(reinterpret_cast<std::uintptr_t>(from)), end_(reinterpret_cast<std::uintptr_t>(from + count)) {
-    bytes_ = ((end_ - at_) / parts + kLine) / kLine * kLine;
+  // `count` elements, `distance` from `from`: an address alone, for nothing may be there.
+  AheadOfRow(T* from, std::int64_t distance, std::int64_t count, std::int64_t parts)
+      : at_(reinterpret_cast<std::uintptr_t>(from) + distance * sizeof(T)), end_(at_ + count * sizeof(T)) {
+    bytes_ = (count * sizeof(T) / parts + kLine) / kLine * kLine;
   }
   US3L_INLINE void next() {
     const std::uintptr_t end = at_ + bytes_ < end_ ? at_ + bytes_ : end_;
@@ -81,25 +82,26 @@ class Ahead {
   std::uintptr_t at_, end_, bytes_;
 };
 
-// The rows of the input that are new in the window after the next. (Only of dense pixels: others have more between.)
+// The rows of the input that are new in the window after the next, if the stride of rows is that of columns. (Only of dense
+// pixels: others have more between.)
 template <class T>
-US3L_INLINE Ahead<const T, false> ahead_of(const Axis& axis, const Window<T>& x, std::int64_t channels,
+US3L_INLINE AheadOfRow<const T, false> ahead_of(const Axis& axis, const Window<T>& x, std::int64_t channels,
                                            std::int64_t parts) {
   const std::int64_t stride = axis.stride, dense = x.pixel == channels;
-  return {x.data + (x.rows + stride) * x.row, dense * stride * axis.size * channels, parts};
+  return {x.data, (x.rows + stride) * x.row, dense * stride * axis.size * channels, parts};
 }
 
 // The row of the output, or of its gradient, after the next.
 template <bool kWritten, class T>
-US3L_INLINE Ahead<T, kWritten> ahead_of(const Line<T>& y, std::int64_t channels, std::int64_t parts) {
+US3L_INLINE AheadOfRow<T, kWritten> ahead_of(const Line<T>& y, std::int64_t channels, std::int64_t parts) {
   const std::int64_t row = (y.pixel == channels) * y.count * channels;
-  return {y.data + 2 * row, row, parts};
+  return {y.data, 2 * row, row, parts};
 }
 
 template <class T, int W, int K, int S, int P>
 void correlate_block(const Axis& axis, const Window<T>& x, const float* filters, const float* bias, const Line<T>& y,
-                     std::int64_t output, std::int64_t channels, Ahead<const T, false>& ahead_of_x,
-                     Ahead<T, true>& ahead_of_y) {
+                     std::int64_t output, std::int64_t channels, AheadOfRow<const T, false>& ahead_of_x,
+                     AheadOfRow<T, true>& ahead_of_y) {
   const Columns<T, K, S, P> columns(axis, output, x.pixel);
   for_vectors<W>({0, channels, channels}, US3L_LAMBDA(std::int64_t c, std::int64_t) {
     Float<W> sum[P];
@@ -126,7 +128,8 @@ US3L_INLINE std::int64_t row_of_sums(std::int64_t channels) { return (channels +
 
 template <class T, int W, int K, int S, int P>
 void accumulate_block(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t output,
-                      const Channels& channels, Ahead<const T, false>& ahead_of_x, Ahead<const T, false>& ahead_of_dy) {
+                      const Channels& channels, AheadOfRow<const T, false>& ahead_of_x,
+                      AheadOfRow<const T, false>& ahead_of_dy) {
   const Columns<T, K, S, P> columns(axis, output, x.pixel);
   const std::int64_t sums_row = row_of_sums(channels.all);
   for_vectors<W>(channels, US3L_LAMBDA(std::int64_t c, std::int64_t repeated) {

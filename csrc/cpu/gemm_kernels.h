@@ -33,7 +33,7 @@ class Ahead {
 
   // Rows begin .. end - 1 of so many columns, if they are dense: others have more between them.
   void add_rows(Rows<const float> x, std::int64_t columns, std::int64_t begin, std::int64_t end) {
-    if (x.stride != columns || begin >= end) return;
+    if (x.stride != columns || begin >= end || count_ == kMost) return;
     const float* const data = x.data;
     stretches_[count_++] = {reinterpret_cast<std::uintptr_t>(data + begin * columns),
                             reinterpret_cast<std::uintptr_t>(data + end * columns)};
@@ -56,7 +56,8 @@ class Ahead {
   struct Stretch {
     std::uintptr_t at, end;
   };
-  Stretch stretches_[4];
+  static constexpr int kMost = 4;
+  Stretch stretches_[kMost];
   int count_ = 0, turn_ = 0;
 };
 

@@ -200,9 +200,13 @@ def test_a_change_inside_is_followed_too() -> None:
         before = model(x.float())
         model.same.weight.mul_(2)
         after = model(x.float())
-    assert not torch.equal(before, after)
-    with torch.no_grad(), torch.autocast("cpu", dtype=BF16):
+        model.same.weight.data.mul_(2)  # which torch does not count
         assert torch.equal(after, model(x.float()))
+        us3l_kernels.invalidate(model)
+        at_last = model(x.float())
+    assert not torch.equal(before, after) and not torch.equal(after, at_last)
+    with torch.no_grad(), torch.autocast("cpu", dtype=BF16):
+        assert torch.equal(at_last, model(x.float()))
 
 
 def test_memory_is_two_bytes_for_each_active_weight() -> None:
@@ -234,6 +238,17 @@ def test_an_error_inside_leaves_nothing_behind() -> None:
     run(model, 1.0, x, grad, context)
     run(expected, 1.0, x, grad, None)
     assert torch.equal(model.same.weight.grad, expected.same.weight.grad)
+
+
+def test_slices_of_parameters_that_were_replaced_are_forgotten() -> None:
+    x, grad = data()
+    model = network()
+    context = PackedWeights()
+    run(model, 0.5, x, grad, context)
+    before = context.nbytes
+    model.same.weight = nn.Parameter(model.same.weight.detach().clone())
+    run(model, 0.5, x, grad, context)
+    assert context.nbytes == before
 
 
 def test_float32_and_inference_need_no_copies() -> None:
