@@ -21,6 +21,9 @@ struct Panels {
   std::int64_t panel, row;
 };
 
+// The rows of a block share what they read of the right side, and a block of a few hundred KiB stays in the L2 cache.
+constexpr std::int64_t kMostRows = 112, kLeastRows = 56, kBlock = 64 << 10;  // the last in floats
+
 // Memory that will soon be read or written, up to four stretches of it. A product asks for them, line by line between its
 // steps: so they come into the L2 cache while it computes. Where they are left to the passes over them, or to the hardware,
 // one waits for the other. Nothing comes of addresses beyond the end of anything.
@@ -31,9 +34,10 @@ class Ahead {
     std::int64_t step;  // bytes
   };
 
-  // Rows begin .. end - 1 of so many columns, if they are dense: others have more between them.
+  // Rows begin .. end - 1 of so many columns, if they are dense, for others have more between them, and no more than a
+  // block, for more would push out of the cache what is in use.
   void add_rows(Rows<const float> x, std::int64_t columns, std::int64_t begin, std::int64_t end) {
-    if (x.stride != columns || begin >= end || count_ == kMost) return;
+    if (x.stride != columns || begin >= end || (end - begin) * columns > kBlock || count_ == kMost) return;
     const float* const data = x.data;
     stretches_[count_++] = {reinterpret_cast<std::uintptr_t>(data + begin * columns),
                             reinterpret_cast<std::uintptr_t>(data + end * columns)};
@@ -60,9 +64,6 @@ class Ahead {
   Stretch stretches_[kMost];
   int count_ = 0, turn_ = 0;
 };
-
-// The rows of a block share what they read of the right side, and a block of a few hundred KiB stays in the L2 cache.
-constexpr std::int64_t kMostRows = 112, kLeastRows = 56, kBlock = 64 << 10;  // the last in floats
 
 struct GemmKernels {
   std::int64_t lanes;  // columns to a panel
