@@ -153,11 +153,23 @@ class Pair(NamedTuple):
 
 
 class _KnownSums(NamedTuple):
-    """The sums of a norm's backward for this gradient of its result, as long as the gradient is of this version."""
+    """The sums of a norm's backward for this gradient of its result, as long as the gradient is of this version and the
+    backward is the one that computed it.
+    """
 
     grad: Tensor
     version: int
     sums: Tensor
+    backward: int
+
+    def of(self, grad: Tensor) -> Tensor | None:
+        """The sums, if they are those of `grad`."""
+        current = torch._C._current_graph_task_id()
+        if self.grad is not grad or self.version != grad._version or self.backward != current:
+            return None
+        if self.sums.is_cuda:  # made on the stream of the block behind
+            self.sums.record_stream(torch.cuda.current_stream(self.sums.device))
+        return self.sums
 
 
 class _PairChain(torch.autograd.Function):
@@ -202,9 +214,9 @@ class _PairChain(torch.autograd.Function):
     @staticmethod
     @first_derivative_only("conv_norm")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pairs, saved, n = ctx.pairs, ctx.saved_tensors, len(ctx.pairs)
         known, ctx.known = ctx.known, None
-        sums = known.sums if known is not None and known.grad is grad and known.version == grad._version else None
+        pairs, saved, n = ctx.pairs, ctx.saved_tensors, len(ctx.pairs)
+        sums = None if known is None else known.of(grad)
         destinations = GradientDestinations(ctx, dict(enumerate(saved[4 * n : 7 * n], start=5)))
         need_grad_x, need_grad_residual = ctx.needs_input_grad[:2]
         dx = dresidual = None
@@ -232,7 +244,7 @@ class _PairChain(torch.autograd.Function):
             if i == 0:
                 dx = grad
                 if sums is not None:
-                    ctx.producer.known = _KnownSums(dx, dx._version, sums)
+                    ctx.producer.known = _KnownSums(dx, dx._version, sums, torch._C._current_graph_task_id())
         if ctx.residual_is_x:
             dresidual = None  # it is in dx
         return (dx, dresidual, None, None, None, *destinations.returned)
@@ -244,11 +256,11 @@ def _has_saved_hooks() -> bool:
 
 
 def _producer_of(x: Tensor) -> Any:
-    """The node of the chain whose result x is, if what it saved may be looked at once more."""
+    """The node of the chain whose result x is, if what it saved may be looked at once more and x has no hooks."""
     node: Any = x.grad_fn
     if not torch.is_grad_enabled() or getattr(node, "_forward_cls", None) is not _PairChain:
         return None
-    if node.has_saved_hooks or _has_saved_hooks():
+    if node.has_saved_hooks or _has_saved_hooks() or x._backward_hooks:
         return None
     node.readers += 1
     return node
@@ -272,6 +284,8 @@ def _norm(pairs: Sequence[Pair], saved: Sequence[Any], i: int) -> Norm:
     c = c.contiguous(memory_format=torch.channels_last)
     _, weight, bias = saved[4 * n + 3 * i : 4 * n + 3 * i + 3]
     y = saved[-1] if i == n - 1 else None
+    if y is not None:  # hooks on saved tensors may have changed its strides
+        y = y.contiguous(memory_format=torch.channels_last)
     return Norm(c, y, weight, bias if y is None else None, mean, rstd, pairs[i].activation)
 
 

@@ -97,9 +97,10 @@ def chained(x: Tensor, residual: Tensor | None, pairs: Pairs) -> Tensor | None:
         # A parametrization computes its parameter whenever it is asked for it.
         of_pair = conv.weight, norm.weight, norm.bias
         result = result_of(read, conv, of_pair[0], norm)
-        if result is None or any(
-            t is not None and (t.device != x.device or t.dtype not in (x.dtype, torch.float32)) for t in of_pair
-        ):
+        given = [t for t in of_pair if t is not None]
+        if result is None or any(type(t) not in (Tensor, nn.Parameter) for t in given):
+            return None
+        if any(t.device != x.device or t.dtype not in (x.dtype, torch.float32) for t in given):
             return None
         call = {"out_channels": result[1], "groups": conv.groups}
         call |= {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}

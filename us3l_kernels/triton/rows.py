@@ -25,7 +25,9 @@ def as_rows(t: Tensor, channels: int = 1) -> Tensor:
 
 
 def new_rows(t: Tensor, channels: int = 1) -> Tensor:
-    """Like t, uninitialised, as dense rows of channels. Not as a view: nobody may write to one from a Function."""
+    """Like t, uninitialised, as dense rows of channels. No view: torch forbids changes in place of one that a Function
+    returns.
+    """
     rows = torch.empty(t.movedim(channels, -1).shape, device="meta").movedim(-1, channels)
     return t.new_empty_strided(t.shape, rows.stride())
 

@@ -162,7 +162,15 @@ def _compile(pair: Pair) -> None:
     pair.forward = torch.compile(pair.forward, backend="eager", fullgraph=True)
 
 
-@pytest.mark.parametrize("change", [_hook, _evaluate, _running_statistics, _bias, _compile])
+class Weight(nn.Parameter):
+    """A subclass of Tensor: it may have its own idea of an operation."""
+
+
+def _subclass(pair: Pair) -> None:
+    pair.conv.weight = Weight(pair.conv.weight.detach())
+
+
+@pytest.mark.parametrize("change", [_hook, _evaluate, _running_statistics, _bias, _compile, _subclass])
 def test_the_modules_are_called_when_more_is_asked_of_them(change: Callable[[Pair], None], calls: Mock) -> None:
     pair = Pair(16, 16, 3, 1, None).to(memory_format=torch.channels_last)
     with backend("triton"):
