@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from us3l_kernels import fused
 from us3l_kernels.backends import choose, measured
 from us3l_kernels.backends.native import algorithm_of, in_pairs
-from us3l_kernels.layout import convolved
 from us3l_kernels.library import is_plain_call
 from us3l_kernels.nn.batch_norm import SlicedBatchNorm2d
 from us3l_kernels.nn.conv import SlicedConv2d
@@ -56,21 +55,22 @@ def _chain(x: Tensor, residual: Tensor | None, pairs: Pairs) -> list[fused.Chain
     chain: list[fused.ChainLayer] = []
     read = x
     for conv, norm in pairs:
-        layer = _layer(read, conv, norm)
-        if layer is None:
+        found = _layer(read, conv, norm)
+        if found is None:
             return None
+        layer, result = found
         chain.append(layer)
         # Nobody writes or reads it: it stands for what the next convolution will be given.
-        size = convolved(read.shape[2:], layer.weight.shape[2:], layer.stride, layer.padding, (1, 1))
-        shape = (x.size(0), layer.out_channels, *size)
-        read = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        read = torch.empty(result, dtype=dtype, memory_format=torch.channels_last)
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (read.shape, dtype, x.device):
         return None
     return chain
 
 
-def _layer(x: Tensor, conv: SlicedConv2d, norm: SlicedBatchNorm2d) -> fused.ChainLayer | None:
-    """A convolution of x and its norm, if the native kernels run it."""
+def _layer(
+    x: Tensor, conv: SlicedConv2d, norm: SlicedBatchNorm2d
+) -> tuple[fused.ChainLayer, tuple[int, int, int, int]] | None:
+    """A convolution of x and its norm, if the native kernels run it, and the shape of their result."""
     # A parametrization computes its parameter whenever it is asked for it.
     parameters = weight, norm_weight, norm_bias = conv.weight, norm.weight, norm.bias
     result = result_of(x, conv, weight, norm)
@@ -87,14 +87,5 @@ def _layer(x: Tensor, conv: SlicedConv2d, norm: SlicedBatchNorm2d) -> fused.Chai
     convolution = {"out_channels": channels, "groups": conv.groups, **geometry}
     if choose("conv2d", x, weight, **convolution) != "native":
         return None
-    return fused.ChainLayer(
-        weight,
-        norm_weight,
-        norm_bias,
-        algorithm,
-        channels,
-        conv.stride,
-        conv.padding,
-        norm.activation,
-        norm.eps,
-    )
+    sizes = (channels, conv.stride, conv.padding, norm.activation, norm.eps)
+    return fused.ChainLayer(weight, norm_weight, norm_bias, algorithm, *sizes), result

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from us3l_kernels.layout import convolved, is_rows
 from us3l_kernels.triton import DTYPES, SHARED_MEMORY, Binary, Norm
-from us3l_kernels.triton.reductions import Moments, load_vector, partial_sums, passed
+from us3l_kernels.triton.reductions import Moments, partial_sums, sums_for_norm
 
 # ---------------------------------------------------------------------------------------------- kernels
 
@@ -228,17 +228,22 @@ def product_kernel(
     if STATISTICS:  # of what was stored, which is what a norm would read; past the last row there are zeros
         values = result.to(tl.float32)
         if GRADIENT:
-            mean = tl.load(mean_ptr + view * n_size + n, mask=n_ok, other=0.0)[None, :]
-            rstd = tl.load(rstd_ptr + view * n_size + n, mask=n_ok, other=0.0)
-            scale = (rstd * load_vector(norm_weight_ptr, n, n_size, 1.0))[None, :]
-            bias = load_vector(norm_bias_ptr, n, n_size, 0.0)[None, :]
-            norm_x = norm_x_ptr + target[:, None] * (norm_x_stride * VECTOR) + n[None, :]
-            x = tl.load(norm_x, mask=ok, other=0.0)
-            centred = x.to(tl.float32) - mean
-            y_offsets = target[:, None] * (norm_y_stride * VECTOR) + n[None, :]
-            values = passed(values, x, centred, scale, bias, norm_y_ptr, y_offsets, ok, ACTIVATION)
-            sum0 = tl.sum(values, 0)
-            sum1 = tl.sum(values * centred, 0) * rstd
+            sum0, sum1 = sums_for_norm(
+                values,
+                norm_x_ptr,
+                target[:, None] * (norm_x_stride * VECTOR) + n[None, :],
+                norm_y_ptr,
+                target[:, None] * (norm_y_stride * VECTOR) + n[None, :],
+                norm_weight_ptr,
+                norm_bias_ptr,
+                mean_ptr,
+                rstd_ptr,
+                view,
+                n,
+                n_size,
+                ok,
+                ACTIVATION,
+            )
             chunk = (view * tl.num_programs(1) + tl.program_id(1)) * tiles_per_view + tile
         else:
             count = tl.minimum(BLOCK_M, rows - tile * BLOCK_M).to(tl.float32)

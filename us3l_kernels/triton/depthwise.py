@@ -26,7 +26,7 @@ from torch import Tensor
 
 from us3l_kernels.triton import DTYPES, Binary, Norm
 from us3l_kernels.triton.conv2d import Geometry, first_tap
-from us3l_kernels.triton.reductions import CHUNKS, STAGE2, WARPS, in_chunks, load_vector, partial_sums, passed
+from us3l_kernels.triton.reductions import CHUNKS, STAGE2, WARPS, in_chunks, load_vector, partial_sums, sums_for_norm
 from us3l_kernels.triton.rows import as_rows, in_units, new_rows
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -165,18 +165,26 @@ def correlation_kernel(
     result = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + target * (y_stride * VECTOR) + c[None, :], result, mask=ok)
     if norm_x_ptr is not None:
-        mean = tl.load(mean_ptr + view * channels + c, mask=c_ok, other=0.0)[None, :]
-        rstd = tl.load(rstd_ptr + view * channels + c, mask=c_ok, other=0.0)
-        scale = (rstd * load_vector(norm_weight_ptr, c, channels, 1.0))[None, :]
-        bias = load_vector(norm_bias_ptr, c, channels, 0.0)[None, :]
-        x = tl.load(norm_x_ptr + target * (norm_x_stride * VECTOR) + c[None, :], mask=ok, other=0.0)
-        centred = x.to(tl.float32) - mean
-        y_offsets = target * (norm_y_stride * VECTOR) + c[None, :]
-        g = passed(result.to(tl.float32), x, centred, scale, bias, norm_y_ptr, y_offsets, ok, ACTIVATION)
+        sum0, sum1 = sums_for_norm(
+            result.to(tl.float32),
+            norm_x_ptr,
+            target * (norm_x_stride * VECTOR) + c[None, :],
+            norm_y_ptr,
+            target * (norm_y_stride * VECTOR) + c[None, :],
+            norm_weight_ptr,
+            norm_bias_ptr,
+            mean_ptr,
+            rstd_ptr,
+            view,
+            c,
+            channels,
+            ok,
+            ACTIVATION,
+        )
         chunk = (view * tl.num_programs(1) + tl.program_id(1)) * tiles_per_view + tile
         partial = partials_ptr + chunk.to(tl.int64) * (2 * channels) + c
-        tl.store(partial, tl.sum(g, 0), mask=c_ok)
-        tl.store(partial + channels, tl.sum(g * centred, 0) * rstd, mask=c_ok)
+        tl.store(partial, sum0, mask=c_ok)
+        tl.store(partial + channels, sum1, mask=c_ok)
 
 
 @triton.jit(

@@ -45,6 +45,36 @@ def passed(g, x, centred, scale, bias, y_ptr, y_offsets, ok, ACTIVATION: tl.cons
 
 
 @triton.jit
+def sums_for_norm(
+    g,
+    x_ptr,
+    x_offsets,
+    y_ptr,
+    y_offsets,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,  # [views, channels]
+    rstd_ptr,
+    view,
+    c,
+    channels,
+    ok,
+    ACTIVATION: tl.constexpr,
+):
+    """What the backward of a norm needs of a tile of its result's gradient, rows by channels, all of one view: the sums
+    of g and of g * normalised x, g as its activation passes it. x, y: the norm's input, and its result as in `passed`.
+    """
+    mean = tl.load(mean_ptr + view * channels + c, mask=c < channels, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + view * channels + c, mask=c < channels, other=0.0)
+    scale = (rstd * load_vector(weight_ptr, c, channels, 1.0))[None, :]
+    bias = load_vector(bias_ptr, c, channels, 0.0)[None, :]
+    x = tl.load(x_ptr + x_offsets, mask=ok, other=0.0)
+    centred = x.to(tl.float32) - mean
+    g = passed(g, x, centred, scale, bias, y_ptr, y_offsets, ok, ACTIVATION)
+    return tl.sum(g, 0), tl.sum(g * centred, 0) * rstd
+
+
+@triton.jit
 def load_partials(partials_ptr, view, first, chunks, c, channels, BLOCK_CHUNKS: tl.constexpr):
     """Of BLOCK_CHUNKS chunks from the `first` on: both sums, zero past the last chunk, and which of them are there."""
     chunk = first + tl.arange(0, BLOCK_CHUNKS)
