@@ -63,6 +63,23 @@ Window<T> window_of(Pixels<const T> x, const Axis& axis, int64_t image, int64_t 
   return {x.data + image * x.image + first * x.row, axis.step * x.row, x.pixel, taps.end - taps.begin};
 }
 
+// Part i of n of these rows, for a kernel to ask for. The hardware does not foresee them: what a vector of channels reads lies
+// a pixel apart. None if something else lies between the pixels, which would be fetched in vain.
+template <class T>
+Ahead ahead_of(Pixels<T> t, int64_t image, Range rows, int64_t width, int64_t channels, int64_t i = 0, int64_t n = 1) {
+  const int64_t row = t.pixel == channels ? width * channels * sizeof(T) : 0;
+  const Range bytes = part((rows.end - rows.begin) * row, i, n);
+  const int64_t first = (image * t.image + rows.begin * t.row) * static_cast<int64_t>(sizeof(T)) + bytes.begin;
+  return {reinterpret_cast<std::uintptr_t>(t.data) + first, bytes.end - bytes.begin};
+}
+
+// The rows of the input that are new under the output row after the next: far enough ahead to come from memory into the
+// L2 cache.
+Range rows_ahead(const Axis& axis, int64_t output) {
+  const int64_t end = (output + 2) * axis.stride + (axis.taps - 1) * axis.step + axis.offset + 1;
+  return {end - axis.stride, end};
+}
+
 // The filters for one direction: for each phase of rows, then of columns, [taps][taps][channels].
 class Correlation {
  public:
@@ -93,11 +110,16 @@ class Correlation {
     const Phase& p = rows_[phase];
     const Range taps = taps_inside(p.axis, row / row_phases);
     const Window<T> window = window_of(x, p.axis, image, row / row_phases, taps);
+    Range read = rows_ahead(p.axis, row / row_phases);
+    if (phase != 0) read.end = read.begin;  // the phases of rows read the same
     for (int64_t i = 0; i < std::min(column_phases, width); ++i) {
-      const float* const filters = filters_[phase * column_phases + i] + taps.begin * columns_[i].axis.taps * channels_;
+      const Axis& axis = columns_[i].axis;
+      const float* const filters = filters_[phase * column_phases + i] + taps.begin * axis.taps * channels_;
       T* const out = y.data + image * y.image + row * y.row + i * y.pixel;
-      kernels.correlate(columns_[i].axis, window, filters, bias,
-                        {out, column_phases * y.pixel, divide_up(width - i, column_phases)}, channels_);
+      kernels.correlate(axis, window, filters, bias,
+                        {out, column_phases * y.pixel, divide_up(width - i, column_phases)}, channels_,
+                        ahead_of(x, image, read, axis.size, channels_, i, column_phases),
+                        ahead_of(y, image, {row + 2, row + 3}, width, channels_, i, column_phases));
     }
   }
 
@@ -130,7 +152,9 @@ class FilterGradient {
     const Range inside = taps_inside(rows_, row);
     const T* const upstream = dy.data + image * dy.image + row * dy.row;
     kernels_.accumulate(columns_, window_of(x, rows_, image, row, inside), {upstream, dy.pixel, width},
-                        memory_.data() + inside.begin * columns_.taps * row_, channels_);
+                        memory_.data() + inside.begin * columns_.taps * row_, channels_,
+                        ahead_of(x, image, rows_ahead(rows_, row), columns_.size, channels_),
+                        ahead_of(dy, image, {row + 2, row + 3}, width, channels_));
     constexpr int64_t kPixels = 512;
     if ((pixels_ += width) < kPixels) return;
     kernels_.flush(memory_.data(), totals_, taps(), channels_);

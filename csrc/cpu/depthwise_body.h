@@ -61,17 +61,13 @@ struct Columns {
   }
 };
 
-// Asks for memory that the row after the next will need, line by line, a part at a time: evenly, between the work on
-// this row, and far enough ahead for it to come from memory into the L2 cache. The hardware does not foresee it: what a
-// vector of channels reads lies a pixel apart.
-template <class T, bool kWritten>
-class AheadOfRow {
+// Asks for memory line by line, a part at a time: evenly, between the work of a call.
+template <bool kWritten>
+class Asking {
  public:
-  // `count` elements, `distance` from `from`: an address alone, for nothing may be there.
-  AheadOfRow(T* from, std::int64_t distance, std::int64_t count, std::int64_t parts)
-      : at_(reinterpret_cast<std::uintptr_t>(from) + distance * sizeof(T)), end_(at_ + count * sizeof(T)) {
-    bytes_ = (count * sizeof(T) / parts + kLine) / kLine * kLine;
-  }
+  Asking(const Ahead& ahead, std::int64_t parts)
+      : at_(ahead.from), end_(ahead.from + ahead.bytes), bytes_((ahead.bytes / parts + kLine) / kLine * kLine) {}
+
   US3L_INLINE void next() {
     const std::uintptr_t end = at_ + bytes_ < end_ ? at_ + bytes_ : end_;
     for (; at_ < end; at_ += kLine) __builtin_prefetch(reinterpret_cast<const void*>(at_), kWritten, 2);
@@ -82,26 +78,9 @@ class AheadOfRow {
   std::uintptr_t at_, end_, bytes_;
 };
 
-// The rows of the input that are new in the window after the next, if the stride of rows is that of columns. (Only of dense
-// pixels: others have more between.)
-template <class T>
-US3L_INLINE AheadOfRow<const T, false> ahead_of(const Axis& axis, const Window<T>& x, std::int64_t channels,
-                                           std::int64_t parts) {
-  const std::int64_t stride = axis.stride, dense = x.pixel == channels;
-  return {x.data, (x.rows + stride) * x.row, dense * stride * axis.size * channels, parts};
-}
-
-// The row of the output, or of its gradient, after the next.
-template <bool kWritten, class T>
-US3L_INLINE AheadOfRow<T, kWritten> ahead_of(const Line<T>& y, std::int64_t channels, std::int64_t parts) {
-  const std::int64_t row = (y.pixel == channels) * y.count * channels;
-  return {y.data, 2 * row, row, parts};
-}
-
 template <class T, int W, int K, int S, int P>
 void correlate_block(const Axis& axis, const Window<T>& x, const float* filters, const float* bias, const Line<T>& y,
-                     std::int64_t output, std::int64_t channels, AheadOfRow<const T, false>& ahead_of_x,
-                     AheadOfRow<T, true>& ahead_of_y) {
+                     std::int64_t output, std::int64_t channels, Asking<false>& x_ahead, Asking<true>& y_ahead) {
   const Columns<T, K, S, P> columns(axis, output, x.pixel);
   for_vectors<W>({0, channels, channels}, US3L_LAMBDA(std::int64_t c, std::int64_t) {
     Float<W> sum[P];
@@ -109,8 +88,8 @@ void correlate_block(const Axis& axis, const Window<T>& x, const float* filters,
     for (int p = 0; p < P; ++p) sum[p] = load<W>(bias + c);
     const T* row = x.data + c;
     const float* filter = filters + c;
-    ahead_of_x.next();
-    ahead_of_y.next();
+    x_ahead.next();
+    y_ahead.next();
     for (std::int64_t r = 0; r < x.rows; ++r, row += x.row)
       for (std::int64_t t = 0; t < (K > 1 ? K : axis.taps); t += K, filter += K * channels) {
         Float<W> tap[K];
@@ -128,8 +107,7 @@ US3L_INLINE std::int64_t row_of_sums(std::int64_t channels) { return (channels +
 
 template <class T, int W, int K, int S, int P>
 void accumulate_block(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t output,
-                      const Channels& channels, AheadOfRow<const T, false>& ahead_of_x,
-                      AheadOfRow<const T, false>& ahead_of_dy) {
+                      const Channels& channels, Asking<false>& x_ahead, Asking<false>& dy_ahead) {
   const Columns<T, K, S, P> columns(axis, output, x.pixel);
   const std::int64_t sums_row = row_of_sums(channels.all);
   for_vectors<W>(channels, US3L_LAMBDA(std::int64_t c, std::int64_t repeated) {
@@ -138,8 +116,8 @@ void accumulate_block(const Axis& axis, const Window<T>& x, const Line<const T>&
     US3L_UNROLL
     for (int p = 0; p < P; ++p) grad[p] = load<W>(upstream + p * dy.pixel);
     const T* row = x.data + c;
-    ahead_of_x.next();
-    ahead_of_dy.next();
+    x_ahead.next();
+    dy_ahead.next();
     float* to = sums + c + repeated;  // repeated lanes have a place of their own, that is not read
     for (std::int64_t r = 0; r < x.rows; ++r, row += x.row)
       for (std::int64_t t = 0; t < (K > 1 ? K : axis.taps); t += K, to += K * sums_row) {
@@ -228,27 +206,27 @@ US3L_INLINE void for_blocks(const Axis& axis, std::int64_t channels, std::int64_
 
 template <class T>
 void correlate(const Axis& axis, const Window<T>& x, const float* filters, const float* bias, const Line<T>& y,
-               std::int64_t channels) {
+               std::int64_t channels, const Ahead& ahead_of_x, const Ahead& ahead_of_y) {
   const std::int64_t parts = blocks_of(y.count) * vectors_of(channels);
-  auto ahead_of_x = ahead_of(axis, x, channels, parts);
-  auto ahead_of_y = ahead_of<true>(y, channels, parts);
+  Asking<false> x_ahead(ahead_of_x, parts);
+  Asking<true> y_ahead(ahead_of_y, parts);
   for_blocks<T>(axis, channels, y.count, [&]<int W, int K, int S, int P>(std::int64_t output) {
-    correlate_block<T, W, K, S, P>(axis, x, filters, bias, y, output, channels, ahead_of_x, ahead_of_y);
+    correlate_block<T, W, K, S, P>(axis, x, filters, bias, y, output, channels, x_ahead, y_ahead);
   });
 }
 
 // Some channels at a time, whose sums stay in the L1 cache along the row.
 template <class T>
-void accumulate(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t channels) {
+void accumulate(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t channels,
+                const Ahead& ahead_of_x, const Ahead& ahead_of_dy) {
   constexpr std::int64_t kSums = 2048;
   const std::int64_t vectors = kSums / LANES / (x.rows * axis.taps + 1) + 1;
   const std::int64_t parts = blocks_of(dy.count) * vectors_of(channels);
-  auto ahead_of_x = ahead_of(axis, x, channels, parts);
-  auto ahead_of_dy = ahead_of<false>(dy, channels, parts);
+  Asking<false> x_ahead(ahead_of_x, parts), dy_ahead(ahead_of_dy, parts);
   for (std::int64_t begin = 0; begin < channels; begin += vectors * LANES) {
     const std::int64_t end = begin + vectors * LANES < channels ? begin + vectors * LANES : channels;
     for_blocks<T>(axis, channels, dy.count, [&]<int W, int K, int S, int P>(std::int64_t output) {
-      accumulate_block<T, W, K, S, P>(axis, x, dy, sums, output, {begin, end, channels}, ahead_of_x, ahead_of_dy);
+      accumulate_block<T, W, K, S, P>(axis, x, dy, sums, output, {begin, end, channels}, x_ahead, dy_ahead);
     });
   }
 }
