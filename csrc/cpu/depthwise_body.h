@@ -53,7 +53,8 @@ struct Columns {
     for (int j = 0; j < kCount; ++j) {
       const bool outermost = K == 1 || j < K / 2 || j >= kCount - K / 2;
       if (outermost && static_cast<std::uint64_t>(column + j * unit) >= static_cast<std::uint64_t>(size)) continue;
-      const Float<W> v = load<W>(in + j * unit * pixel);
+      Float<W> v = load<W>(in + j * unit * pixel);
+      keep<W>(v);
       US3L_UNROLL
       for (int k = 0; k < K; ++k)
         if (j >= k && (j - k) % S == 0 && (j - k) / S < P) f(k, (j - k) / S, v);

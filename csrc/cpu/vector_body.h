@@ -66,6 +66,14 @@ US3L_INLINE void transpose(Float<LANES>* v) {
   }
 }
 
+// Keeps v in a register. GCC makes a load an operand of every instruction that uses it, and so loads as many times.
+template <int W>
+US3L_INLINE void keep(Float<W>& v) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  if constexpr (W > 1) asm("" : "+v"(v));
+#endif
+}
+
 // A whole vector to an address that is a multiple of its size, and that is not read soon: what is there need not come
 // into the cache first. Other threads see it after finish_stores_around_cache().
 template <int W>
