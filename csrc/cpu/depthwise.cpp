@@ -24,60 +24,75 @@ struct Geometry {
   int64_t in, out, kernel, stride, padding, dilation;
 };
 
-// The outputs phase, phase + phases, ...: a correlation, whose tap t is tap first + t * step of the filter.
+// The outputs phase, phase + phases, ..., `count` of them: a correlation, whose tap t is tap first + t * step of the filter.
 struct Phase {
   Axis axis;
-  int64_t first, step;
+  int64_t first, step, count;
 };
 
 std::vector<Phase> forward_phases(const Geometry& g) {
-  return {{{g.kernel, g.stride, g.dilation, -g.padding, g.in}, 0, 1}};
+  return {{{g.kernel, g.stride, g.dilation, -g.padding, g.in}, 0, 1, g.out}};
 }
 
 std::vector<Phase> adjoint_phases(const Geometry& g) {
   const int64_t common = std::gcd(g.stride, g.dilation), every = g.stride / common, step = g.dilation / common;
   std::vector<Phase> phases;
-  for (int64_t phase = 0; phase < g.stride; ++phase) {
+  for (int64_t phase = 0; phase < std::min(g.stride, g.in); ++phase) {
     // Input i is read by output o with tap k where i + padding = o * stride + k * dilation.
     int64_t k = 0;
     while (k < every && (phase + g.padding - k * g.dilation) % g.stride != 0) ++k;
     const int64_t taps = k < every && k < g.kernel ? divide_up(g.kernel - k, every) : 0;
     const int64_t nearest = (phase + g.padding - k * g.dilation) / g.stride;  // the output under tap k; others precede it
-    phases.push_back({{taps, 1, step, nearest - (taps - 1) * step, g.out}, k + (taps - 1) * every, -every});
+    phases.push_back({{taps, 1, step, nearest - (taps - 1) * step, g.out},
+                      k + (taps - 1) * every,
+                      -every,
+                      divide_up(g.in - phase, g.stride)});
   }
   return phases;
 }
 
-// The taps of output i that lie in the image.
-Range taps_inside(const Axis& axis, int64_t i) {
-  const int64_t origin = i * axis.stride + axis.offset;
-  const int64_t begin = origin < 0 ? std::min(divide_up(-origin, axis.step), axis.taps) : 0;
-  const int64_t end = origin < axis.size ? std::min(divide_up(axis.size - origin, axis.step), axis.taps) : 0;
-  return {begin, std::max(begin, end)};
+// What one row of the output reads: rows of the input, `step` apart, under those taps of its phase that lie in the image.
+struct RowsUnder {
+  int64_t phase, first, step;
+  Range taps;
+  Range ahead;  // what is new under the row after the next: early enough to come from memory into the L2 cache
+};
+
+// Of all rows: they are met once for every image, and take many divisions.
+std::vector<RowsUnder> rows_under(const std::vector<Phase>& phases) {
+  const int64_t number = phases.size();
+  std::vector<RowsUnder> rows;
+  for (int64_t row = 0; row / number < phases[row % number].count; ++row) {
+    const Axis& axis = phases[row % number].axis;
+    const int64_t origin = row / number * axis.stride + axis.offset;
+    const int64_t begin = origin < 0 ? std::min(divide_up(-origin, axis.step), axis.taps) : 0;
+    const int64_t end = origin < axis.size ? std::min(divide_up(axis.size - origin, axis.step), axis.taps) : 0;
+    const int64_t last = origin + (axis.taps - 1) * axis.step + 2 * axis.stride;
+    const Range ahead{last + 1 - (row % number == 0 ? axis.stride : 0), last + 1};  // the phases read the same
+    rows.push_back({row % number, origin + begin * axis.step, axis.step, {begin, std::max(begin, end)}, ahead});
+  }
+  return rows;
 }
 
-// The rows under output row i of these taps.
 template <class T>
-Window<T> window_of(Pixels<const T> x, const Axis& axis, int64_t image, int64_t i, Range taps) {
-  const int64_t first = i * axis.stride + taps.begin * axis.step + axis.offset;
-  return {x.data + image * x.image + first * x.row, axis.step * x.row, x.pixel, taps.end - taps.begin};
+Window<T> window_of(Pixels<const T> x, int64_t image, const RowsUnder& under) {
+  return {x.data + image * x.image + under.first * x.row, under.step * x.row, x.pixel,
+          under.taps.end - under.taps.begin};
 }
 
-// Part i of n of these rows, for a kernel to ask for. The hardware does not foresee them: what a vector of channels reads lies
-// a pixel apart. None if something else lies between the pixels, which would be fetched in vain.
+// These rows, for a kernel to ask for. The hardware does not foresee them: what a vector of channels reads lies a pixel
+// apart. None if something else lies between the pixels, which would be fetched in vain.
 template <class T>
-Ahead ahead_of(Pixels<T> t, int64_t image, Range rows, int64_t width, int64_t channels, int64_t i = 0, int64_t n = 1) {
+Ahead ahead_of(Pixels<T> t, int64_t image, Range rows, int64_t width, int64_t channels) {
   const int64_t row = t.pixel == channels ? width * channels * sizeof(T) : 0;
-  const Range bytes = part((rows.end - rows.begin) * row, i, n);
-  const int64_t first = (image * t.image + rows.begin * t.row) * static_cast<int64_t>(sizeof(T)) + bytes.begin;
-  return {reinterpret_cast<std::uintptr_t>(t.data) + first, bytes.end - bytes.begin};
+  const int64_t first = (image * t.image + rows.begin * t.row) * static_cast<int64_t>(sizeof(T));
+  return {reinterpret_cast<std::uintptr_t>(t.data) + first, (rows.end - rows.begin) * row};
 }
 
-// The rows of the input that are new under the output row after the next: far enough ahead to come from memory into the
-// L2 cache.
-Range rows_ahead(const Axis& axis, int64_t output) {
-  const int64_t end = (output + 2) * axis.stride + (axis.taps - 1) * axis.step + axis.offset + 1;
-  return {end - axis.stride, end};
+Ahead share_of(Ahead ahead, int64_t i, int64_t n) {
+  if (n == 1) return ahead;
+  const Range bytes = part(ahead.bytes, i, n);
+  return {ahead.from + bytes.begin, bytes.end - bytes.begin};
 }
 
 // The filters for one direction: for each phase of rows, then of columns, [taps][taps][channels].
@@ -86,6 +101,7 @@ class Correlation {
   Correlation(std::vector<Phase> rows, std::vector<Phase> columns, const Tensor& weight, int64_t channels)
       : rows_(std::move(rows)),
         columns_(std::move(columns)),
+        under_(rows_under(rows_)),
         channels_(channels),
         memory_(Scratch::kFilters, weight.size(2) * weight.size(3) * channels) {
     const float* const from = weight.const_data_ptr<float>();
@@ -106,25 +122,23 @@ class Correlation {
   template <class T>
   void row(const DepthwiseKernels<T>& kernels, Pixels<const T> x, const float* bias, Pixels<T> y, int64_t image,
            int64_t row, int64_t width) const {
-    const int64_t row_phases = rows_.size(), column_phases = columns_.size(), phase = row % row_phases;
-    const Phase& p = rows_[phase];
-    const Range taps = taps_inside(p.axis, row / row_phases);
-    const Window<T> window = window_of(x, p.axis, image, row / row_phases, taps);
-    Range read = rows_ahead(p.axis, row / row_phases);
-    if (phase != 0) read.end = read.begin;  // the phases of rows read the same
-    for (int64_t i = 0; i < std::min(column_phases, width); ++i) {
-      const Axis& axis = columns_[i].axis;
-      const float* const filters = filters_[phase * column_phases + i] + taps.begin * axis.taps * channels_;
+    const RowsUnder& under = under_[row];
+    const int64_t phases = columns_.size();
+    const Window<T> window = window_of(x, image, under);
+    const Ahead x_ahead = ahead_of(x, image, under.ahead, columns_[0].axis.size, channels_);
+    const Ahead y_ahead = ahead_of(y, image, {row + 2, row + 3}, width, channels_);
+    for (int64_t i = 0; i < phases; ++i) {
+      const auto& [axis, first, step, count] = columns_[i];
+      const float* const filters = filters_[under.phase * phases + i] + under.taps.begin * axis.taps * channels_;
       T* const out = y.data + image * y.image + row * y.row + i * y.pixel;
-      kernels.correlate(axis, window, filters, bias,
-                        {out, column_phases * y.pixel, divide_up(width - i, column_phases)}, channels_,
-                        ahead_of(x, image, read, axis.size, channels_, i, column_phases),
-                        ahead_of(y, image, {row + 2, row + 3}, width, channels_, i, column_phases));
+      kernels.correlate(axis, window, filters, bias, {out, phases * y.pixel, count}, channels_,
+                        share_of(x_ahead, i, phases), share_of(y_ahead, i, phases));
     }
   }
 
  private:
   std::vector<Phase> rows_, columns_;
+  std::vector<RowsUnder> under_;
   int64_t channels_;
   Scratch memory_;
   std::vector<float*> filters_;
@@ -135,38 +149,38 @@ template <class T>
 class FilterGradient {
  public:
   // totals [kernel][kernel][channels]
-  FilterGradient(const DepthwiseKernels<T>& kernels, const Axis& rows, const Axis& columns, int64_t channels,
+  FilterGradient(const DepthwiseKernels<T>& kernels, const Geometry& rows, const Geometry& columns, int64_t channels,
                  double* totals)
       : kernels_(kernels),
-        rows_(rows),
-        columns_(columns),
+        columns_(forward_phases(columns)[0].axis),
+        under_(rows_under(forward_phases(rows))),
+        taps_(rows.kernel * columns.kernel),
         channels_(channels),
         row_(round_up(channels, kernels.lanes)),
-        memory_(Scratch::kFilterGradients, taps() * row_),
+        memory_(Scratch::kFilterGradients, taps_ * row_),
         totals_(totals) {
-    std::fill_n(memory_.data(), taps() * row_, 0.f);
+    std::fill_n(memory_.data(), taps_ * row_, 0.f);
   }
-  ~FilterGradient() { kernels_.flush(memory_.data(), totals_, taps(), channels_); }
+  ~FilterGradient() { kernels_.flush(memory_.data(), totals_, taps_, channels_); }
 
   void add_row(Pixels<const T> x, Pixels<const T> dy, int64_t image, int64_t row, int64_t width) {
-    const Range inside = taps_inside(rows_, row);
+    const RowsUnder& under = under_[row];
     const T* const upstream = dy.data + image * dy.image + row * dy.row;
-    kernels_.accumulate(columns_, window_of(x, rows_, image, row, inside), {upstream, dy.pixel, width},
-                        memory_.data() + inside.begin * columns_.taps * row_, channels_,
-                        ahead_of(x, image, rows_ahead(rows_, row), columns_.size, channels_),
+    kernels_.accumulate(columns_, window_of(x, image, under), {upstream, dy.pixel, width},
+                        memory_.data() + under.taps.begin * columns_.taps * row_, channels_,
+                        ahead_of(x, image, under.ahead, columns_.size, channels_),
                         ahead_of(dy, image, {row + 2, row + 3}, width, channels_));
     constexpr int64_t kPixels = 512;
     if ((pixels_ += width) < kPixels) return;
-    kernels_.flush(memory_.data(), totals_, taps(), channels_);
+    kernels_.flush(memory_.data(), totals_, taps_, channels_);
     pixels_ = 0;
   }
 
  private:
-  int64_t taps() const { return rows_.taps * columns_.taps; }
-
   const DepthwiseKernels<T>& kernels_;
-  Axis rows_, columns_;
-  int64_t channels_, row_, pixels_ = 0;
+  Axis columns_;
+  std::vector<RowsUnder> under_;
+  int64_t taps_, channels_, row_, pixels_ = 0;
   Scratch memory_;
   double* totals_;
 };
@@ -182,8 +196,10 @@ void forward(const Tensor& x, const Correlation& correlation, const float* bias,
   const auto out = dense_pixels<T>(y);
   const int64_t height = y.size(2), width = y.size(3);
   parallel_parts(x.size(0) * height, threads_for(y), [&](Range r) {
-    for (int64_t i = r.begin; i < r.end; ++i)
-      correlation.row(kernels, in, bias, out, i / height, i % height, width);
+    for (int64_t image = r.begin / height, row = r.begin % height, i = r.begin; i < r.end; ++i) {
+      correlation.row(kernels, in, bias, out, image, row, width);
+      if (++row == height) row = 0, ++image;
+    }
   });
 }
 
@@ -215,7 +231,7 @@ void backward(const Tensor& grad, const Tensor& x, const Geometry& rows, const G
   parallel(threads, [&](int64_t thread) {
     std::optional<FilterGradient<T>> sums;
     if (grad_weight)
-      sums.emplace(kernels, forward_phases(rows)[0].axis, forward_phases(columns)[0].axis, channels,
+      sums.emplace(kernels, rows, columns, channels,
                    &totals[thread * taps * channels]);
     for_parts(part(x.size(0) * rows.out, thread, threads), 1, [&](Range r) {
       for (int64_t i = r.begin; i < r.end; ++i) {
@@ -424,7 +440,7 @@ void depthwise_backward(const DepthwiseBackward& work) {
     const Scratch gradient(Scratch::kOutput, most * columns.out * channels);
     std::optional<FilterGradient<float>> sums;
     if (work.dw)
-      sums.emplace(kernels, forward_phases(rows)[0].axis, forward_phases(columns)[0].axis, channels,
+      sums.emplace(kernels, rows, columns, channels,
                    &totals[i * taps * channels]);
     for_parts(part(images, i, parts), 1, [&](Range own) {
       for (int64_t strip = own.begin * strips.of_image; strip < own.end * strips.of_image; ++strip) {

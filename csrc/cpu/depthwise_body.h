@@ -22,43 +22,58 @@ US3L_INLINE void for_vectors(const Channels& channels, const F& f) {
   }
 }
 
+alignas(64) constexpr float kZeros[LANES]{};
+
 // What P neighbouring outputs of a row read of a row of the input, K neighbouring taps at a time.
 //
 // Where K > 1, those are all the taps, the columns under them lie side by side, the stride is S, and only the outermost
-// K / 2 columns may lie outside of the image. K = 1 (with S = 1) serves everything else: the columns under one tap are the
-// stride apart.
+// K / 2 columns may lie outside of the image: there zeros are read, so that nothing branches. K = 1 (with S = 1) serves
+// everything else: the columns under one tap are the stride apart.
 template <class T, int K, int S, int P>
 struct Columns {
   static constexpr int kCount = (P - 1) * S + K;
   std::int64_t unit, tap, first, size, pixel;  // the distance of two columns, and of two taps, in pixels
+  std::uintptr_t inside[K];  // all bits for those of the outermost columns that lie in the image, from left to right
 
   Columns(const Axis& axis, std::int64_t output, std::int64_t pixel)
       : unit(K == 1 ? axis.stride : 1),
         tap(axis.step),
         first(output * axis.stride + axis.offset),
         size(axis.size),
-        pixel(pixel) {}
+        pixel(pixel) {
+    for (int i = 0; i < K / 2 * 2; ++i) {
+      const std::int64_t column = first + (i < K / 2 ? i : kCount - K / 2 * 2 + i);
+      inside[i] = -static_cast<std::uintptr_t>(column >= 0 && column < size);
+      asm("" : "+r"(inside[i]));  // or there would be a loop for every case
+    }
+  }
 
   static bool serve(const Axis& axis, std::int64_t output) {
     const std::int64_t first = output * axis.stride + axis.offset;
     return K == 1 || (first + K / 2 >= 0 && first + kCount - K / 2 <= axis.size);
   }
 
-  // Calls f(k, p, v) for tap t + k and output p, where their input v is in the image.
+  // Calls f(k, p, v) for tap t + k and output p and their input v, where that is in the image (or 0).
   template <int W, class F>
   US3L_INLINE void visit(const T* row, std::int64_t t, const F& f) const {
     const std::int64_t column = first + t * tap;
-    const T* const in = row + column * pixel;
+    const T* in = row + column * pixel;
     US3L_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      const bool outermost = K == 1 || j < K / 2 || j >= kCount - K / 2;
-      if (outermost && static_cast<std::uint64_t>(column + j * unit) >= static_cast<std::uint64_t>(size)) continue;
-      Float<W> v = load<W>(in + j * unit * pixel);
+    for (int j = 0; j < kCount; ++j, in += unit * pixel) {
+      if (K == 1 && static_cast<std::uint64_t>(column + j * unit) >= static_cast<std::uint64_t>(size)) continue;
+      const int edge = j < K / 2 ? j : j - (kCount - K / 2 * 2);
+      const bool outermost = K > 1 && (j < K / 2 || j >= kCount - K / 2);
+      Float<W> v = load<W>(outermost ? in_or_zeros(in, inside[edge]) : in);
       keep<W>(v);
       US3L_UNROLL
       for (int k = 0; k < K; ++k)
         if (j >= k && (j - k) % S == 0 && (j - k) / S < P) f(k, (j - k) / S, v);
     }
+  }
+
+  US3L_INLINE static const T* in_or_zeros(const T* in, std::uintptr_t inside) {
+    const auto zeros = reinterpret_cast<std::uintptr_t>(kZeros);
+    return reinterpret_cast<const T*>(zeros ^ ((zeros ^ reinterpret_cast<std::uintptr_t>(in)) & inside));
   }
 };
 
@@ -71,7 +86,9 @@ class Asking {
 
   US3L_INLINE void next() {
     const std::uintptr_t end = at_ + bytes_ < end_ ? at_ + bytes_ : end_;
-    for (; at_ < end; at_ += kLine) __builtin_prefetch(reinterpret_cast<const void*>(at_), kWritten, 2);
+    for (std::uintptr_t at = at_; at < end; at += kLine)
+      __builtin_prefetch(reinterpret_cast<const void*>(at), kWritten, 2);
+    at_ = end;
   }
 
  private:
@@ -79,57 +96,64 @@ class Asking {
   std::uintptr_t at_, end_, bytes_;
 };
 
+// Outputs `first` .. `last` - 1, P at a time.
 template <class T, int W, int K, int S, int P>
-void correlate_block(const Axis& axis, const Window<T>& x, const float* filters, const float* bias, const Line<T>& y,
-                     std::int64_t output, std::int64_t channels, Asking<false>& x_ahead, Asking<true>& y_ahead) {
-  const Columns<T, K, S, P> columns(axis, output, x.pixel);
-  for_vectors<W>({0, channels, channels}, US3L_LAMBDA(std::int64_t c, std::int64_t) {
-    Float<W> sum[P];
-    US3L_UNROLL
-    for (int p = 0; p < P; ++p) sum[p] = load<W>(bias + c);
-    const T* row = x.data + c;
-    const float* filter = filters + c;
-    x_ahead.next();
-    y_ahead.next();
-    for (std::int64_t r = 0; r < x.rows; ++r, row += x.row)
-      for (std::int64_t t = 0; t < (K > 1 ? K : axis.taps); t += K, filter += K * channels) {
-        Float<W> tap[K];
-        US3L_UNROLL
-        for (int k = 0; k < K; ++k) tap[k] = load<W>(filter + k * channels);
-        columns.template visit<W>(row, t, US3L_LAMBDA(int k, int p, Float<W> v) { sum[p] += tap[k] * v; });
-      }
-    T* const out = y.data + output * y.pixel + c;
-    US3L_UNROLL
-    for (int p = 0; p < P; ++p) store<W>(out + p * y.pixel, sum[p]);
-  });
+void correlate_blocks(const Axis& axis, const Window<T>& x, const float* filters, const float* bias, const Line<T>& y,
+                      std::int64_t first, std::int64_t last, std::int64_t channels, Asking<false>& x_ahead,
+                      Asking<true>& y_ahead) {
+  const std::int64_t rows = x.rows, row_stride = x.row, pixel = y.pixel;  // or they are read again after every store
+  for (std::int64_t output = first; output < last; output += P) {
+    const Columns<T, K, S, P> columns(axis, output, x.pixel);
+    for_vectors<W>({0, channels, channels}, US3L_LAMBDA(std::int64_t c, std::int64_t) {
+      Float<W> sum[P];
+      US3L_UNROLL
+      for (int p = 0; p < P; ++p) sum[p] = load<W>(bias + c);
+      const T* row = x.data + c;
+      const float* filter = filters + c;
+      x_ahead.next();
+      y_ahead.next();
+      for (std::int64_t r = 0; r < rows; ++r, row += row_stride)
+        for (std::int64_t t = 0; t < (K > 1 ? K : axis.taps); t += K, filter += K * channels) {
+          Float<W> tap[K];
+          US3L_UNROLL
+          for (int k = 0; k < K; ++k) tap[k] = load<W>(filter + k * channels);
+          columns.template visit<W>(row, t, US3L_LAMBDA(int k, int p, Float<W> v) { sum[p] += tap[k] * v; });
+        }
+      T* out = y.data + output * pixel + c;
+      US3L_UNROLL
+      for (int p = 0; p < P; ++p, out += pixel) store<W>(out, sum[p]);
+    });
+  }
 }
 
 US3L_INLINE std::int64_t row_of_sums(std::int64_t channels) { return (channels + LANES - 1) / LANES * LANES; }
 
 template <class T, int W, int K, int S, int P>
-void accumulate_block(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t output,
-                      const Channels& channels, Asking<false>& x_ahead, Asking<false>& dy_ahead) {
-  const Columns<T, K, S, P> columns(axis, output, x.pixel);
-  const std::int64_t sums_row = row_of_sums(channels.all);
-  for_vectors<W>(channels, US3L_LAMBDA(std::int64_t c, std::int64_t repeated) {
-    Float<W> grad[P];
-    const T* const upstream = dy.data + output * dy.pixel + c;
-    US3L_UNROLL
-    for (int p = 0; p < P; ++p) grad[p] = load<W>(upstream + p * dy.pixel);
-    const T* row = x.data + c;
-    x_ahead.next();
-    dy_ahead.next();
-    float* to = sums + c + repeated;  // repeated lanes have a place of their own, that is not read
-    for (std::int64_t r = 0; r < x.rows; ++r, row += x.row)
-      for (std::int64_t t = 0; t < (K > 1 ? K : axis.taps); t += K, to += K * sums_row) {
-        Float<W> sum[K];
-        US3L_UNROLL
-        for (int k = 0; k < K; ++k) sum[k] = load<W>(to + k * sums_row);
-        columns.template visit<W>(row, t, US3L_LAMBDA(int k, int p, Float<W> v) { sum[k] += grad[p] * v; });
-        US3L_UNROLL
-        for (int k = 0; k < K; ++k) store<W>(to + k * sums_row, sum[k]);
-      }
-  });
+void accumulate_blocks(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t first,
+                       std::int64_t last, const Channels& channels, Asking<false>& x_ahead, Asking<false>& dy_ahead) {
+  const std::int64_t sums_row = row_of_sums(channels.all), rows = x.rows, row_stride = x.row;
+  for (std::int64_t output = first; output < last; output += P) {
+    const Columns<T, K, S, P> columns(axis, output, x.pixel);
+    for_vectors<W>(channels, US3L_LAMBDA(std::int64_t c, std::int64_t repeated) {
+      Float<W> grad[P];
+      const T* const upstream = dy.data + output * dy.pixel + c;
+      US3L_UNROLL
+      for (int p = 0; p < P; ++p) grad[p] = load<W>(upstream + p * dy.pixel);
+      const T* row = x.data + c;
+      x_ahead.next();
+      dy_ahead.next();
+      float* to = sums + c + repeated;  // repeated lanes have a place of their own, that is not read
+      for (std::int64_t r = 0; r < rows; ++r, row += row_stride)
+        for (std::int64_t t = 0; t < (K > 1 ? K : axis.taps); t += K, to += K * sums_row) {
+          Float<W> sum[K];
+          US3L_UNROLL
+          for (int k = 0; k < K; ++k) sum[k] = load<W>(to + k * sums_row);
+          columns.template visit<W>(row, t, US3L_LAMBDA(int k, int p, Float<W> v) { sum[k] += grad[p] * v; });
+          US3L_UNROLL
+          for (int k = 0; k < K; ++k) store<W>(to + k * sums_row, sum[k]);
+        }
+    });
+  }
 }
 
 // Totals in the order of the channels.
@@ -150,26 +174,28 @@ void flush_sums(float* sums, double* totals, std::int64_t count, std::int64_t ch
 // Of at most 8 outputs.
 US3L_INLINE std::int64_t blocks_of(std::int64_t count) { return (count + 7) / 8; }
 
-// Calls f<W, K, S, P>(output) for blocks of outputs that are as equal as can be: small ones share little. K and S are
-// the axis's, or 1 for a block that needs it.
+// Calls f<W, K, S, P>(first, last) for outputs in blocks of P that are as equal as can be: small ones share little. K and S
+// are the axis's, or 1 where blocks need it.
 template <class T, int W, int K, int S, class F>
 US3L_INLINE void for_blocks(const Axis& axis, std::int64_t count, const F& f) {
-  const std::int64_t blocks = blocks_of(count);
-  for (std::int64_t i = 0; i < blocks; ++i) {
-    const std::int64_t output = count * i / blocks, pixels = count * (i + 1) / blocks - output;
+  const std::int64_t blocks = blocks_of(count), least = count / blocks, larger = (count - blocks * least) * (least + 1);
+  const auto call = US3L_LAMBDA(std::int64_t pixels, std::int64_t first, std::int64_t last) {
+    if (first == last) return;
     switch (pixels) {
-#define US3L_PIXELS(p)                                            \
-  case p:                                                         \
-    if (Columns<T, K, S, p>::serve(axis, output))                 \
-      f.template operator()<W, K, S, p>(output);                  \
-    else                                                          \
-      f.template operator()<W, 1, 1, p>(output);                  \
+#define US3L_PIXELS(p)                                                                                  \
+  case p:                                                                                               \
+    if (Columns<T, K, S, p>::serve(axis, first) && Columns<T, K, S, p>::serve(axis, last - p))          \
+      f.template operator()<W, K, S, p>(first, last);                                                   \
+    else                                                                                                \
+      f.template operator()<W, 1, 1, p>(first, last);                                                   \
     break;
       US3L_PIXELS(1) US3L_PIXELS(2) US3L_PIXELS(3) US3L_PIXELS(4)
       US3L_PIXELS(5) US3L_PIXELS(6) US3L_PIXELS(7) US3L_PIXELS(8)
 #undef US3L_PIXELS
     }
-  }
+  };
+  call(least + 1, 0, larger);
+  call(least, larger, count);
 }
 
 // The same, with K and S out of the axis.
@@ -211,8 +237,8 @@ void correlate(const Axis& axis, const Window<T>& x, const float* filters, const
   const std::int64_t parts = blocks_of(y.count) * vectors_of(channels);
   Asking<false> x_ahead(ahead_of_x, parts);
   Asking<true> y_ahead(ahead_of_y, parts);
-  for_blocks<T>(axis, channels, y.count, [&]<int W, int K, int S, int P>(std::int64_t output) {
-    correlate_block<T, W, K, S, P>(axis, x, filters, bias, y, output, channels, x_ahead, y_ahead);
+  for_blocks<T>(axis, channels, y.count, [&]<int W, int K, int S, int P>(std::int64_t first, std::int64_t last) {
+    correlate_blocks<T, W, K, S, P>(axis, x, filters, bias, y, first, last, channels, x_ahead, y_ahead);
   });
 }
 
@@ -226,8 +252,8 @@ void accumulate(const Axis& axis, const Window<T>& x, const Line<const T>& dy, f
   Asking<false> x_ahead(ahead_of_x, parts), dy_ahead(ahead_of_dy, parts);
   for (std::int64_t begin = 0; begin < channels; begin += vectors * LANES) {
     const std::int64_t end = begin + vectors * LANES < channels ? begin + vectors * LANES : channels;
-    for_blocks<T>(axis, channels, dy.count, [&]<int W, int K, int S, int P>(std::int64_t output) {
-      accumulate_block<T, W, K, S, P>(axis, x, dy, sums, output, {begin, end, channels}, x_ahead, dy_ahead);
+    for_blocks<T>(axis, channels, dy.count, [&]<int W, int K, int S, int P>(std::int64_t first, std::int64_t last) {
+      accumulate_blocks<T, W, K, S, P>(axis, x, dy, sums, first, last, {begin, end, channels}, x_ahead, dy_ahead);
     });
   }
 }

@@ -69,8 +69,8 @@ US3L_INLINE void transpose(Float<LANES>* v) {
 // Keeps v in a register. GCC makes a load an operand of every instruction that uses it, and so loads as many times.
 template <int W>
 US3L_INLINE void keep(Float<W>& v) {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  if constexpr (W > 1) asm("" : "+v"(v));
+#if defined(__x86_64__)
+  if constexpr (LANES >= 8 && W > 1) asm("" : "+v"(v));  // of AVX2 at least
 #endif
 }
 
