@@ -9,11 +9,14 @@ once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from us3l_kernels import library
-from us3l_kernels.backends import choose
+from us3l_kernels.backends import BACKENDS, choose
+from us3l_kernels.triton import Sizes
 
 ACTIVATIONS = (None, "relu", "relu6")
 
@@ -73,6 +76,14 @@ def _check_active(op: str, name: str, value: int, full: int) -> None:
         raise ValueError(f"{op}: {name}: expected between 1 and {full} (the full weight), got {value}")
 
 
+def _choose(op: str, x: Tensor, weight: Tensor | None, sizes: Sizes | None, **arguments: Any) -> str | Sizes:
+    """The backend; `triton` if the active channels are read from the device, which is then told what to read."""
+    if sizes is None:
+        return choose(op, x, weight, **arguments)
+    BACKENDS["triton"].can_run(op, x, weight, raise_error=True, **arguments)
+    return sizes
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -83,6 +94,7 @@ def conv2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    sizes: Sizes | None = None,
 ) -> Tensor:
     """2-D convolution with a prefix of the weight: y = x * weight[:out_channels, :c] + bias[:out_channels].
 
@@ -90,6 +102,8 @@ def conv2d(
     out_channels: active output channels (None: all; with groups they follow from c). groups: the FULL layer's: 1;
     C (depthwise: one group per active channel); or general, where the channels of a group stay together and
     c // (C / groups) groups are active. Returns [N, out_channels, H', W'], channels_last if x or weight is.
+    sizes: x and the result have the channels of the full width, and which are active is read from the device, see
+    `us3l_kernels.any_width`. So in the functions below.
 
     Under autocast x and the slice of the weight are cast to the autocast dtype, as torch.nn.functional.conv2d casts.
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
@@ -130,7 +144,7 @@ def conv2d(
                 f"conv2d: x: expected at least {reach - 2 * pad} pixels in dimension {2 + d} for a kernel "
                 f"of {weight.size(2 + d)} with dilation {dilated}, got {x.size(2 + d)}"
             )
-    chosen = choose("conv2d", x, weight, out_channels=out_channels, groups=groups, **geometry)
+    chosen = _choose("conv2d", x, weight, sizes, out_channels=out_channels, groups=groups, **geometry)
     return library.conv2d(x, weight, bias, out_channels, *geometry.values(), groups, chosen)
 
 
@@ -141,6 +155,7 @@ def linear(
     *,
     out_features: int | None = None,
     in_features: int | None = None,
+    sizes: Sizes | None = None,
 ) -> Tensor:
     """y = x[..., :in_features] @ weight[:out_features, :in_features]^T + bias[:out_features].
 
@@ -157,7 +172,7 @@ def linear(
     _check_active("linear", "out_features", out_features, weight.size(0))
     x, weight, bias = _autocast(x, weight, bias)
     _check_parameters("linear", x, weight, bias)
-    chosen = choose("linear", x, weight, out_features=out_features, in_features=in_features)
+    chosen = _choose("linear", x, weight, sizes, out_features=out_features, in_features=in_features)
     return library.linear(x, weight, bias, out_features, in_features, chosen)
 
 
@@ -189,6 +204,7 @@ def batch_norm(
     views: int = 1,
     activation: str | None = None,
     residual: Tensor | None = None,
+    sizes: Sizes | None = None,
 ) -> Tensor:
     """y = activation(norm(x) * weight[:c] + bias[:c] + residual), the statistics of each view its own.
 
@@ -234,10 +250,11 @@ def batch_norm(
                 f"got shape {tuple(x.shape)} with {views} views"
             )
     views = views if training else 1
-    chosen = choose(
+    chosen = _choose(
         "batch_norm",
         x,
         running_mean if weight is None else weight,
+        sizes,
         training=training,
         views=views,
         activation=activation,

@@ -24,7 +24,7 @@ from us3l_kernels.backends.triton import (
 )
 from us3l_kernels.gradients import slot_of
 from us3l_kernels.library import GradientDestinations, below_autograd, first_derivative_only
-from us3l_kernels.triton import Norm
+from us3l_kernels.triton import Norm, Sizes
 
 if TYPE_CHECKING:
     from us3l_kernels.triton.reductions import Moments
@@ -134,7 +134,8 @@ def conv_chain(x: Tensor, residual: Tensor | None, layers: Sequence[ChainLayer],
 class Pair(NamedTuple):
     """A convolution without bias and the batch norm behind it, on Triton's kernels.
 
-    out_channels: active. backend: of the convolution.
+    out_channels: active. backend: of the convolution. sizes: if the active channels are read from the device, which is
+    for backend `triton` alone; out_channels are then those of the full width.
     """
 
     out_channels: int
@@ -145,6 +146,7 @@ class Pair(NamedTuple):
     backend: str
     activation: str | None
     eps: float
+    sizes: Sizes | None = None
 
     @property
     def has_epilogues(self) -> bool:
@@ -198,8 +200,9 @@ class _PairChain(torch.autograd.Function):
             assert weight is not None
             c, moments = _convolution(read, weight, pair, views)
             added = residual if i == len(pairs) - 1 else None
+            active = None if pair.sizes is None else pair.sizes.outputs
             y, mean, rstd = batch_norm_of_moments(
-                c, norm_weight, norm_bias, added, pair.eps, views, pair.activation, moments
+                c, norm_weight, norm_bias, added, pair.eps, views, pair.activation, moments, active
             )
             saved += [read, c, mean, rstd]
             read = y
@@ -216,6 +219,9 @@ class _PairChain(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         known, ctx.known = ctx.known, None
         pairs, saved, n = ctx.pairs, ctx.saved_tensors, len(ctx.pairs)
+        for pair in pairs:
+            if pair.sizes is not None:
+                pair.sizes.check_version()
         sums = None if known is None else known.of(grad)
         destinations = GradientDestinations(ctx, dict(enumerate(saved[4 * n : 7 * n], start=5)))
         need_grad_x, need_grad_residual = ctx.needs_input_grad[:2]
@@ -286,15 +292,17 @@ def _norm(pairs: Sequence[Pair], saved: Sequence[Any], i: int) -> Norm:
     y = saved[-1] if i == n - 1 else None
     if y is not None:  # hooks on saved tensors may have changed its strides
         y = y.contiguous(memory_format=torch.channels_last)
-    return Norm(c, y, weight, bias if y is None else None, mean, rstd, pairs[i].activation)
+    sizes = pairs[i].sizes
+    active = None if sizes is None else sizes.outputs
+    return Norm(c, y, weight, bias if y is None else None, mean, rstd, pairs[i].activation, active)
 
 
 def _convolution(x: Tensor, weight: Tensor, pair: Pair, views: int) -> tuple[Tensor, Moments | None]:
     """The convolution of a pair, as rows of channels; with the moments of its result if it takes them."""
     geometry = (pair.out_channels, pair.stride, pair.padding, pair.dilation)
     if pair.has_epilogues and pair.groups == 1:
-        return conv2d_moments(x, weight, *geometry, views)
-    c = below_autograd["conv2d"](x, weight, None, *geometry, pair.groups, pair.backend)
+        return conv2d_moments(x, weight, *geometry, views, pair.sizes)
+    c = below_autograd["conv2d"](x, weight, None, *geometry, pair.groups, pair.sizes or pair.backend)
     return c.contiguous(memory_format=torch.channels_last), None
 
 
@@ -304,7 +312,7 @@ def _convolution_backward(
     """Adds dW into `into_weight`; returns dX if it is needed."""
     geometry = (pair.stride, pair.padding, pair.dilation, pair.groups)
     dx: Tensor = below_autograd["conv2d_backward"](
-        grad, x, weight, into_weight, None, need_dx, *geometry, pair.backend
+        grad, x, weight, into_weight, None, need_dx, *geometry, pair.sizes or pair.backend
     )
     return dx
 
@@ -325,7 +333,7 @@ def _joined_gradient(
     if into_weight is not None:
         _convolution_backward(grad, x, weight, into_weight, pair)
     return conv2d_input_gradient(
-        grad, x, weight, added, norm, pair.stride, pair.padding, pair.dilation, pair.groups
+        grad, x, weight, added, norm, pair.stride, pair.padding, pair.dilation, pair.groups, pair.sizes
     )
 
 

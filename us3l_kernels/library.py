@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from us3l_kernels.backends import BACKENDS
 from us3l_kernels.gradients import slot_of
 from us3l_kernels.layout import convolved
+from us3l_kernels.triton import Sizes
 
 LIBRARY = torch.library.Library("us3l", "DEF")
 
@@ -86,8 +87,17 @@ def _fake_gradient_of(x: Tensor, needed: bool) -> Tensor:
 # ---------------------------------------------------------------------------------------------- kernels and fakes
 
 
+def _run(operation: str, *args: Any) -> Any:
+    """On the backend that the last argument names. `Sizes` in its place are for `triton`, which reads them."""
+    *rest, chosen = args
+    if isinstance(chosen, Sizes):
+        chosen.check_version()
+        return getattr(BACKENDS["triton"], operation)(*rest, sizes=chosen)
+    return getattr(BACKENDS[chosen], operation)(*rest)
+
+
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    y = BACKENDS[args[-1]].conv2d(x, weight, bias, *args[:-1])
+    y = _run("conv2d", x, weight, bias, *args)
     return _dense(y, is_channels_last(x) or is_channels_last(weight))
 
 
@@ -115,12 +125,13 @@ def _conv2d_backward(
     need_grad_x: bool,
     *args: Any,
 ) -> Tensor:
-    dx = BACKENDS[args[-1]].conv2d_backward(grad, x, weight, gw, gb, need_grad_x, *args[:-1])
+    dx = _run("conv2d_backward", grad, x, weight, gw, gb, need_grad_x, *args)
     return _gradient_of(x, dx, need_grad_x)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: int, in_: int, backend: str) -> Tensor:
-    return BACKENDS[backend].linear(x, weight, bias, out, in_).contiguous()
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    y: Tensor = _run("linear", x, weight, bias, *args)
+    return y.contiguous()
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, out: int, in_: int, backend: str) -> Tensor:
@@ -134,15 +145,14 @@ def _linear_backward(
     gw: Tensor | None,
     gb: Tensor | None,
     need_grad_x: bool,
-    in_features: int,
-    backend: str,
+    *args: Any,
 ) -> Tensor:
-    dx = BACKENDS[backend].linear_backward(grad, x, weight, gw, gb, need_grad_x, in_features)
+    dx = _run("linear_backward", grad, x, weight, gw, gb, need_grad_x, *args)
     return dx.contiguous() if dx is not None else x.new_empty(0)
 
 
 def _batch_norm(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = BACKENDS[args[-1]].batch_norm(x, *args[:-1])
+    y, mean, rstd = _run("batch_norm", x, *args)
     return _dense(y, is_channels_last(x)), mean, rstd
 
 
@@ -169,7 +179,7 @@ def _batch_norm_backward(
     grad: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
     need_grad_x, need_grad_residual = args[5], args[6]
-    dx, dresidual = BACKENDS[args[-1]].batch_norm_backward(grad, x, y, weight, *args[:-1])
+    dx, dresidual = _run("batch_norm_backward", grad, x, y, weight, *args)
     if dresidual is grad and need_grad_residual:  # an operator never returns its input
         dresidual = grad.clone()
     return _gradient_of(x, dx, need_grad_x), _gradient_of(x, dresidual, need_grad_residual)

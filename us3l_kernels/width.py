@@ -69,6 +69,15 @@ class Sliced:
         """What the width in effect decides in training: layers with equal keys do the same with the same input."""
         return self.active_width
 
+    @property
+    def follows_input(self) -> bool:
+        """Whether as many channels are active in the output as in the input."""
+        return True
+
+    def why_not_any_width(self) -> str | None:
+        """Why it cannot read the number of active channels from the device (`any_width`); None if it can."""
+        return f"{type(self).__name__} takes them from the host"
+
 
 class FixedWidths(Sliced):
     """A sliced layer that offers the widths of a list and no others."""
@@ -87,6 +96,14 @@ class FixedWidths(Sliced):
 
 class SlicedOutput(Sliced):
     """A sliced layer with channels of its own to choose: a convolution or a linear layer."""
+
+    slice_out: bool
+    divisor: int
+    ratio: int
+
+    @property
+    def follows_input(self) -> bool:
+        return False
 
     def channels_at(self, width: float) -> int:
         """The number of output channels at `width`."""
@@ -182,6 +199,20 @@ def _sliced_layers(model: nn.Module) -> dict[str, Sliced]:
     return layers
 
 
+def widths_of_layers(model: nn.Module, width: Width) -> dict[Sliced, float]:
+    """The width that every sliced layer of `model` has at `width`. Errors as of `set_width`."""
+    plan = _plan(width)
+    layers = _sliced_layers(model)
+    if isinstance(width, Mapping):
+        _check_names(width, layers)
+    widths = {layer: _width_of(name, plan) for name, layer in layers.items()}
+    for layer, active in widths.items():
+        layer.check_width(active)
+    if len(plan) > 1:
+        _check_residual_sums(model, widths)
+    return widths
+
+
 def set_width(model: nn.Module, width: Width) -> None:
     """Set the width of every sliced layer in `model`, until the next call.
 
@@ -195,16 +226,8 @@ def set_width(model: nn.Module, width: Width) -> None:
     Raises ValueError for a width outside (0, 1], an unknown name in a plan, a plan that breaks a residual
     sum, a width that a layer does not offer, or a model without sliced layers; TypeError for no number.
     """
-    plan = _plan(width)
-    layers = _sliced_layers(model)
-    if isinstance(width, Mapping):
-        _check_names(width, layers)
-    widths = {layer: _width_of(name, plan) for name, layer in layers.items()}
-    for layer, active in widths.items():
-        layer.check_width(active)
-    if len(plan) > 1:
-        _check_residual_sums(model, widths)
-    key = _key(plan)
+    widths = widths_of_layers(model, width)
+    key = width_key(width)
     for layer, active in widths.items():
         layer.set_active(active, key)
 
@@ -251,6 +274,9 @@ def views(n: int) -> Iterator[None]:
         _views = before
 
 
+stacked_widths = 1  # of a batch: set by `us3l_kernels.any_width`, each has all of the views
+
+
 def current_views() -> int:
     """The number of stacked views in a batch; 1 outside of `views`."""
-    return _views
+    return _views * stacked_widths

@@ -79,7 +79,27 @@ def _image(rows: Tensor, features: int) -> Tensor:
     return rows[..., :features].reshape(-1, features, 1, 1)
 
 
+def _active_of(sizes: triton.Sizes | None) -> triton.Active | None:
+    """Of an operation that has as many channels on both sides."""
+    return None if sizes is None else sizes.outputs
+
+
+def _add_bias_gradient(grad: Tensor, grad_bias: Tensor, sizes: triton.Sizes | None) -> None:
+    """Adds the sum of the images `grad` to the prefix of `grad_bias`."""
+    active = _active_of(sizes)
+    if active is None:
+        total = grad.sum((0, 2, 3), dtype=torch.float32)
+    else:
+        of_widths = grad.unflatten(0, (active.widths, -1)).sum((1, 3, 4), dtype=torch.float32)
+        inside = torch.arange(grad.size(1), device=grad.device) < active.counts[:, None]
+        total = of_widths.where(inside, 0).sum(0)
+    accumulate_(grad_bias[: grad.size(1)], total)
+
+
 class TritonBackend(Backend):
+    """Its operations also take the numbers of active channels from the device (`sizes`): all tensors then have the
+    channels of the full width, and what lies behind the active ones is neither read nor written."""
+
     name = "triton"
     def unavailable(self) -> str | None:
         if triton.WHY_NOT_INSTALLED is not None:
@@ -127,15 +147,16 @@ class TritonBackend(Backend):
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
+        sizes: triton.Sizes | None = None,
     ) -> Tensor:
         from us3l_kernels.triton import conv2d, depthwise
 
         geometry = conv2d.Geometry.of(weight, stride, padding, dilation)
         if _is_depthwise(weight, groups):
             with torch.cuda.device_of(x):
-                return depthwise.conv2d(x, weight, bias, geometry)
+                return depthwise.conv2d(x, weight, bias, geometry, _active_of(sizes))
         active = cast(weight, weight[:out_channels, : x.size(1)], x.dtype)
-        return self._product(x, active, bias, out_channels, geometry, _convolution_precision(x))
+        return self._product(x, active, bias, out_channels, geometry, _convolution_precision(x), sizes)
 
     def conv2d_backward(
         self,
@@ -149,31 +170,42 @@ class TritonBackend(Backend):
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
+        sizes: triton.Sizes | None = None,
     ) -> Tensor | None:
         from us3l_kernels.triton import conv2d, depthwise
 
         geometry, precision = conv2d.Geometry.of(weight, stride, padding, dilation), _convolution_precision(x)
         if grad_bias is not None:
-            accumulate_(grad_bias[: grad.size(1)], grad.sum((0, 2, 3), dtype=torch.float32))
+            _add_bias_gradient(grad, grad_bias, sizes)
         if _is_depthwise(weight, groups):
+            active = _active_of(sizes)
             with torch.cuda.device_of(x):
                 if grad_weight is not None:
-                    depthwise.weight_gradient(grad, x, grad_weight, geometry)
-                return depthwise.input_gradient(grad, weight, x, geometry)[0] if need_grad_x else None
+                    depthwise.weight_gradient(grad, x, grad_weight, geometry, active)
+                return depthwise.input_gradient(grad, weight, x, geometry, active=active)[0] if need_grad_x else None
         if grad_weight is not None:
-            conv2d.weight_gradient(grad, x, grad_weight, geometry, precision)
+            conv2d.weight_gradient(grad, x, grad_weight, geometry, precision, sizes)
         if not need_grad_x:
             return None
         dx = torch.empty_like(x, memory_format=torch.channels_last)
-        active = cast(weight, weight[: grad.size(1), : x.size(1)], x.dtype)
-        self._input_gradient(grad, active, dx, geometry, precision)
+        slice_ = cast(weight, weight[: grad.size(1), : x.size(1)], x.dtype)
+        self._input_gradient(grad, slice_, dx, geometry, precision, sizes)
         return dx
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        in_features: int,
+        sizes: triton.Sizes | None = None,
+    ) -> Tensor:
         from us3l_kernels.triton import conv2d
 
         active = cast(weight, weight[:out_features, :in_features], x.dtype)[:, :, None, None]
-        y = self._product(_image(x, in_features), active, bias, out_features, conv2d.POINT, _linear_precision(x))
+        images, precision = _image(x, in_features), _linear_precision(x)
+        y = self._product(images, active, bias, out_features, conv2d.POINT, precision, sizes)
         return y.view(*x.shape[:-1], out_features)
 
     def linear_backward(
@@ -185,35 +217,51 @@ class TritonBackend(Backend):
         grad_bias: Tensor | None,
         need_grad_x: bool,
         in_features: int,
+        sizes: triton.Sizes | None = None,
     ) -> Tensor | None:
         from us3l_kernels.triton import conv2d
 
         precision, grads = _linear_precision(x), _image(grad, grad.size(-1))
         if grad_bias is not None:
-            accumulate_(grad_bias[: grad.size(-1)], grads.sum((0, 2, 3), dtype=torch.float32))
+            _add_bias_gradient(grads, grad_bias, sizes)
         if grad_weight is not None:
             into = grad_weight[:, :, None, None]
-            conv2d.weight_gradient(grads, _image(x, in_features), into, conv2d.POINT, precision)
+            conv2d.weight_gradient(grads, _image(x, in_features), into, conv2d.POINT, precision, sizes)
         if not need_grad_x:
             return None
         active = cast(weight, weight[: grad.size(-1), :in_features], x.dtype)[:, :, None, None]
         whole = in_features == x.size(-1)
         dx = x.new_empty(x.shape) if whole else x.new_zeros(x.shape)
-        self._input_gradient(grads, active, _image(dx, in_features), conv2d.POINT, precision)
+        self._input_gradient(grads, active, _image(dx, in_features), conv2d.POINT, precision, sizes)
         return dx
 
     def _product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, geometry: Any, precision: str
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        outputs: int,
+        geometry: Any,
+        precision: str,
+        sizes: triton.Sizes | None,
     ) -> Tensor:
         """The forward of a convolution with one group, and of a linear layer as one of images of one pixel."""
         from us3l_kernels.triton import conv2d
 
-        return conv2d.conv2d(x, weight, bias, outputs, geometry, precision)
+        return conv2d.conv2d(x, weight, bias, outputs, geometry, precision, sizes)
 
-    def _input_gradient(self, grad: Tensor, weight: Tensor, dx: Tensor, geometry: Any, precision: str) -> None:
+    def _input_gradient(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        dx: Tensor,
+        geometry: Any,
+        precision: str,
+        sizes: triton.Sizes | None,
+    ) -> None:
         from us3l_kernels.triton import conv2d
 
-        conv2d.input_gradient(grad, weight, dx, geometry, precision)
+        conv2d.input_gradient(grad, weight, dx, geometry, precision, sizes=sizes)
 
     def batch_norm(
         self,
@@ -228,13 +276,14 @@ class TritonBackend(Backend):
         eps: float,
         views: int,
         activation: str | None,
+        sizes: triton.Sizes | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from us3l_kernels.triton import batch_norm
 
-        statistics = (running_mean, running_var)
+        statistics, active = (running_mean, running_var), _active_of(sizes)
         with torch.cuda.device_of(x):
             return batch_norm.forward(
-                x, weight, bias, *statistics, residual, training, momentum, eps, views, activation
+                x, weight, bias, *statistics, residual, training, momentum, eps, views, activation, active=active
             )
 
     def batch_norm_backward(
@@ -253,10 +302,13 @@ class TritonBackend(Backend):
         training: bool,
         views: int,
         activation: str | None,
+        sizes: triton.Sizes | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         from us3l_kernels.triton import batch_norm
 
-        norm = triton.Norm(x, y if bias is None else None, weight, bias, mean, rstd, activation)
+        norm = triton.Norm(
+            x, y if bias is None else None, weight, bias, mean, rstd, activation, _active_of(sizes)
+        )
         with torch.cuda.device_of(x):
             return batch_norm.backward(
                 grad, norm, grad_weight, grad_bias, need_grad_x, need_grad_residual, training
@@ -298,13 +350,14 @@ def conv2d_moments(
     padding: Sequence[int],
     dilation: Sequence[int],
     views: int,
+    sizes: triton.Sizes | None,
 ) -> tuple[Tensor, Moments]:
     """`conv2d` with one group, and the moments of each view of its result, for the norm behind it."""
     from us3l_kernels.triton import conv2d
 
     geometry = conv2d.Geometry.of(weight, stride, padding, dilation)
     active = cast(weight, weight[:out_channels, : x.size(1)], x.dtype)
-    return conv2d.conv2d_moments(x, active, out_channels, geometry, _convolution_precision(x), views)
+    return conv2d.conv2d_moments(x, active, out_channels, geometry, _convolution_precision(x), views, sizes)
 
 
 def conv2d_input_gradient(
@@ -317,6 +370,7 @@ def conv2d_input_gradient(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    sizes: triton.Sizes | None,
 ) -> tuple[Tensor, Tensor | None]:
     """dX of `conv2d`, plus `added`; and what the backward of `norm` needs, if x is its result."""
     from us3l_kernels.triton import conv2d, depthwise
@@ -324,10 +378,10 @@ def conv2d_input_gradient(
     geometry = conv2d.Geometry.of(weight, stride, padding, dilation)
     if _is_depthwise(weight, groups):
         with torch.cuda.device_of(x):
-            return depthwise.input_gradient(grad, weight, x, geometry, added, norm)
+            return depthwise.input_gradient(grad, weight, x, geometry, added, norm, _active_of(sizes))
     active = cast(weight, weight[: grad.size(1), : x.size(1)], x.dtype)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    return dx, conv2d.input_gradient(grad, active, dx, geometry, _convolution_precision(x), added, norm)
+    return dx, conv2d.input_gradient(grad, active, dx, geometry, _convolution_precision(x), added, norm, sizes)
 
 
 def batch_norm_of_moments(
@@ -339,13 +393,14 @@ def batch_norm_of_moments(
     views: int,
     activation: str | None,
     moments: Moments | None,
+    active: triton.Active | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`batch_norm` in training, without running statistics, of x whose moments may be known."""
     from us3l_kernels.triton import batch_norm
 
     with torch.cuda.device_of(x):
         return batch_norm.forward(
-            x, weight, bias, None, None, residual, True, 0.0, eps, views, activation, moments
+            x, weight, bias, None, None, residual, True, 0.0, eps, views, activation, moments, active
         )
 
 

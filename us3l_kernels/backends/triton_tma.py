@@ -13,6 +13,7 @@ from torch import Tensor
 
 from us3l_kernels import triton
 from us3l_kernels.backends.triton import TritonBackend
+from us3l_kernels.triton import Sizes
 
 POINT = {"stride": [1, 1], "padding": [0, 0]}
 
@@ -32,15 +33,26 @@ class TritonTmaBackend(TritonBackend):
         return "it was not measured beside backend 'triton'"
 
     def _product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, geometry: Any, precision: str
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        outputs: int,
+        geometry: Any,
+        precision: str,
+        sizes: Sizes | None,
     ) -> Tensor:
         from us3l_kernels.triton import tma
 
+        assert sizes is None  # descriptors have their sizes from the host
         return tma.conv2d(x, weight, bias, outputs)
 
-    def _input_gradient(self, grad: Tensor, weight: Tensor, dx: Tensor, geometry: Any, precision: str) -> None:
+    def _input_gradient(
+        self, grad: Tensor, weight: Tensor, dx: Tensor, geometry: Any, precision: str, sizes: Sizes | None
+    ) -> None:
         from us3l_kernels.triton import tma
 
+        assert sizes is None
         tma.input_gradient(grad, weight, dx)
 
 

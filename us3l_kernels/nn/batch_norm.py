@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from us3l_kernels import functional
+from us3l_kernels import any_width, functional
 from us3l_kernels.collectives import all_gather
+from us3l_kernels.triton import Sizes
 from us3l_kernels.width import FixedWidths, Sliced, active_channels, current_views, width_key
 
 if TYPE_CHECKING:
@@ -79,12 +80,25 @@ class SlicedBatchNorm(Sliced, _Norm):
         if not self.training:
             return self._normalise(x, residual, self.evaluation_statistics(channels), training=False)
         self.forget_calibration()
+        sizes = any_width.sizes_of(self, x)
+        any_width.check_sum(None if sizes is None else sizes.outputs, residual)
+        if sizes is not None:
+            return self._normalise(x, residual, views=current_views(), sizes=sizes)
         return self._train(x, residual, current_views())
 
     def uses_batch_statistics_alone(self) -> bool:
         """Whether forward, as things stand, normalises with the statistics of its batch and keeps nothing of them."""
         running = self.track_running_stats and self.width_key == self.running_key
         return self.training and self.moments is None and not running and not self.sync
+
+    def why_not_any_width(self) -> str | None:
+        if type(self).forward is not SlicedBatchNorm.forward:
+            return super().why_not_any_width()
+        if not self.training or self.moments is not None:
+            return "evaluation and calibration are of one width"
+        if self.track_running_stats:
+            return "running statistics are of one width"
+        return "its statistics are synchronised" if self.sync else any_width.why_not_plain(self)
 
     def plan_key(self) -> Hashable:
         return self.track_running_stats and self.width_key == self.running_key  # its channels are x's
@@ -156,12 +170,15 @@ class SlicedBatchNorm(Sliced, _Norm):
         training: bool = True,
         momentum: float = 0.0,
         views: int = 1,
+        sizes: Sizes | None = None,
     ) -> Tensor:
-        return functional.batch_norm(
+        return any_width.apply(
+            functional.batch_norm,
             x,
             self.weight,
             self.bias,
             *statistics,
+            sizes=sizes,
             training=training,
             momentum=momentum,
             eps=self.eps,

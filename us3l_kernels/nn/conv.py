@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 
-from us3l_kernels import functional
+from us3l_kernels import any_width, functional
+from us3l_kernels.triton import Sizes
 from us3l_kernels.width import SlicedOutput, active_channels
 
 
@@ -88,6 +89,23 @@ class SlicedConv2d(SlicedOutput, nn.Conv2d):
         """Output channels of the groups that `in_channels` fill."""
         return in_channels * self.groups // self.in_channels * (self.out_channels // self.groups)
 
+    def result_channels(self, channels: int, sizes: Sizes | None) -> int:
+        """The channels of the result of an x with `channels`; `sizes`: if the active ones are read from the device."""
+        if self.groups > 1:
+            return self._grouped_channels(channels)
+        return self.active_out_channels if sizes is None else self.out_channels
+
+    @property
+    def follows_input(self) -> bool:
+        return self.groups > 1
+
+    def why_not_any_width(self) -> str | None:
+        if type(self).forward is not SlicedConv2d.forward:
+            return super().why_not_any_width()
+        if self.groups > 1 and (self.weight.size(1) > 1 or self.weight.size(0) != self.groups):
+            return "groups are taken from the host, but for one filter for each channel"
+        return any_width.why_not_plain(self)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, C, H, W] (or [C, H, W]) with C <= in_channels -> [N, active_out_channels, H', W']."""
         if x.dim() == 3:
@@ -102,13 +120,15 @@ class SlicedConv2d(SlicedOutput, nn.Conv2d):
                 f"x: {self} expects at most {self.in_channels} channels{whole}, "
                 f"got {channels} (shape {tuple(x.shape)})"
             )
-        out_channels = self.active_out_channels if self.groups == 1 else self._grouped_channels(channels)
+        sizes = any_width.sizes_of(self, x)
         x, padding = self._pad(x)
-        return functional.conv2d(
+        return any_width.apply(
+            functional.conv2d,
             x,
             self.weight,
             self.bias,
-            out_channels=out_channels,
+            sizes=sizes,
+            out_channels=self.result_channels(channels, sizes),
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,

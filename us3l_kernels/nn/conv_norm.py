@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from us3l_kernels import fused
+from us3l_kernels import any_width, fused
 from us3l_kernels.backends import choose, measured, requested
 from us3l_kernels.backends.native import is_depthwise
 from us3l_kernels.functional import autocast_dtype
@@ -16,7 +16,7 @@ from us3l_kernels.layout import convolved
 from us3l_kernels.library import is_plain_call
 from us3l_kernels.nn.batch_norm import SlicedBatchNorm2d
 from us3l_kernels.nn.conv import SlicedConv2d
-from us3l_kernels.triton import INTERPRETED
+from us3l_kernels.triton import INTERPRETED, Sizes
 from us3l_kernels.width import current_views
 
 
@@ -96,7 +96,8 @@ def chained(x: Tensor, residual: Tensor | None, pairs: Pairs) -> Tensor | None:
     for conv, norm in pairs:
         # A parametrization computes its parameter whenever it is asked for it.
         of_pair = conv.weight, norm.weight, norm.bias
-        result = result_of(read, conv, of_pair[0], norm)
+        sizes = any_width.sizes_of(conv, read)
+        result = result_of(read, conv, of_pair[0], norm, sizes)
         given = [t for t in of_pair if t is not None]
         if result is None or any(type(t) not in (Tensor, nn.Parameter) for t in given):
             return None
@@ -104,11 +105,12 @@ def chained(x: Tensor, residual: Tensor | None, pairs: Pairs) -> Tensor | None:
             return None
         call = {"out_channels": result[1], "groups": conv.groups}
         call |= {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
-        backend = choose("conv2d", read, of_pair[0], **call)
-        chain.append(fused.Pair(**call, backend=backend, activation=norm.activation, eps=norm.eps))
+        backend = choose("conv2d", read, of_pair[0], **call) if sizes is None else "triton"
+        chain.append(fused.Pair(**call, backend=backend, activation=norm.activation, eps=norm.eps, sizes=sizes))
         parameters += of_pair
         # Nobody writes or reads it: it stands for what the next convolution will be given.
         read = torch.empty(result, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        any_width.mark(read, None if sizes is None else sizes.outputs)
     like = (read.shape, read.dtype, read.device)
     if residual is not None and (residual.shape, residual.dtype, residual.device) != like:
         return None
@@ -116,17 +118,20 @@ def chained(x: Tensor, residual: Tensor | None, pairs: Pairs) -> Tensor | None:
         return None
     for _, norm in pairs:
         norm.forget_calibration()
-    return fused.pair_chain(x, residual, chain, parameters, current_views())
+    active = any_width.active_of(read)
+    any_width.check_sum(active, residual)
+    with any_width.unmarked():
+        return any_width.mark(fused.pair_chain(x, residual, chain, parameters, current_views()), active)
 
 
 def result_of(
-    x: Tensor, conv: SlicedConv2d, weight: Tensor, norm: SlicedBatchNorm2d
+    x: Tensor, conv: SlicedConv2d, weight: Tensor, norm: SlicedBatchNorm2d, sizes: Sizes | None = None
 ) -> tuple[int, int, int, int] | None:
     """The shape of conv(x), if the convolution has one group or a filter for each channel, and the norm takes it."""
     depthwise = is_depthwise(weight, conv.groups)
     if isinstance(conv.padding, str) or (conv.groups > 1 and not depthwise):
         return None
-    channels = x.size(1) if depthwise else conv.active_out_channels
+    channels = x.size(1) if depthwise else conv.result_channels(x.size(1), sizes)
     size = convolved(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     views = current_views()
     fits = 1 <= x.size(1) <= conv.in_channels and channels <= norm.num_features and min(size) >= 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from us3l_kernels import functional
+from us3l_kernels import any_width, functional
 from us3l_kernels.width import SlicedOutput, active_channels
 
 
@@ -70,13 +70,21 @@ class SlicedLinear(SlicedOutput, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., C] with C <= in_features -> [..., active_out_features]."""
         self._check(x)
-        return functional.linear(
+        sizes = any_width.sizes_of(self, x)
+        return any_width.apply(
+            functional.linear,
             x,
             self.weight,
             self.bias,
-            out_features=self.active_out_features,
+            sizes=sizes,
+            out_features=self.active_out_features if sizes is None else self.out_features,
             in_features=self.read_features(x.size(-1)),
         )
+
+    def why_not_any_width(self) -> str | None:
+        if type(self).forward is not SlicedLinear.forward:
+            return super().why_not_any_width()
+        return "slice_in takes them from the host" if self.slice_in else any_width.why_not_plain(self)
 
     def _check(self, x: Tensor) -> None:
         if x.size(-1) > self.in_features:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from us3l_kernels import fused
+from us3l_kernels import any_width, fused
 from us3l_kernels.backends import choose, measured
 from us3l_kernels.backends.native import algorithm_of, in_pairs
 from us3l_kernels.library import is_plain_call
@@ -29,7 +29,7 @@ def residual_block(x: Tensor, residual: Tensor | None, *layers: nn.Module) -> Te
         raise ValueError(f"layers: expected a norm behind each convolution, got {len(layers)} modules")
     pairs = list(zip(layers[::2], layers[1::2], strict=True))
     if are_plain(pairs):
-        if x.is_cpu and (chain := _chain(x, residual, pairs)) is not None:
+        if x.is_cpu and any_width.current() is None and (chain := _chain(x, residual, pairs)) is not None:
             for _, plain_norm in pairs:
                 plain_norm.forget_calibration()
             return fused.conv_chain(x, residual, chain, current_views())

@@ -53,9 +53,59 @@ class Binary:
     narrow: int | None = 0
 
 
+class Active(NamedTuple):
+    """How many channels of a tensor are active, where kernels read it: tensors and grids are then those of the full
+    width, what lies behind the active channels is neither read nor written, and one launch serves every width.
+
+    counts: int32 [widths] on the device, for a batch of that many stacked widths. unit: divides whatever they may be.
+    """
+
+    counts: Tensor
+    unit: int
+
+    @property
+    def widths(self) -> int:
+        return self.counts.numel()
+
+
+class Sizes(NamedTuple):
+    """Of an operation whose active channels are read from the device: those of its input and of its output, of which at
+    least one is given. None: all channels of the tensor. version: of the counts in its forward."""
+
+    inputs: Active | None
+    outputs: Active | None
+    version: int | None = None
+
+    @property
+    def _given(self) -> Active:
+        given = self.inputs or self.outputs
+        assert given is not None
+        return given
+
+    @property
+    def widths(self) -> int:
+        return self._given.widths
+
+    def check_version(self) -> None:
+        """Raises RuntimeError in a backward if the widths are no longer those of the forward."""
+        if self.version not in (None, self._given.counts._version):
+            raise RuntimeError("the widths on the device were set anew between a forward and its backward")
+
+
+def counts_of(*active: Active | None) -> list[Tensor | None]:
+    """What kernels are given of active channels."""
+    return [None if each is None else each.counts for each in active]
+
+
+def units_of(*active: Active | None) -> list[int]:
+    """What divides active channels that are read from the device."""
+    return [each.unit for each in active if each is not None]
+
+
 class Norm(NamedTuple):
     """A batch norm as its backward reads it. x: its input, rows of channels. y: its result, given if the mask of its
-    activation is to come from it, and not from x. weight, bias: full, or None. mean, rstd: [views, channels]."""
+    activation is to come from it, and not from x. weight, bias: full, or None. mean, rstd: [views, channels]. active:
+    None for all channels."""
 
     x: Tensor
     y: Tensor | None
@@ -64,3 +114,4 @@ class Norm(NamedTuple):
     mean: Tensor
     rstd: Tensor
     activation: str | None
+    active: Active | None = None

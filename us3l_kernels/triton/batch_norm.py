@@ -28,12 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.triton import Binary, Norm
+from us3l_kernels.triton import Active, Binary, Norm
 from us3l_kernels.triton.reductions import (
     CHUNKS,
     WARPS,
     Moments,
+    active_channels,
     add_sums,
+    by_width,
     in_chunks,
     load_partials,
     load_vector,
@@ -56,15 +58,21 @@ def _activate(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _place(rows, rows_per_chunk, channels, BLOCK_C: tl.constexpr):
-    """The part of this program: (channels, which of them are active, view, chunk, its first row, its rows)."""
+def _place(
+    rows, rows_per_chunk, channels, active_ptr, VIEWS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """The part of this program: (channels, how many of all are active, view, chunk, its first row, its rows)."""
     blocks = tl.cdiv(channels, BLOCK_C)  # fastest: neighbours read the same rows
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     chunk = tl.program_id(0) // blocks
     view = tl.program_id(1)
     first = chunk.to(tl.int64) * rows_per_chunk
     count = tl.minimum(rows - first, rows_per_chunk).to(tl.int32)
-    return c, c < channels, view, chunk, view * rows.to(tl.int64) + first, count
+    active = active_channels(channels, active_ptr, view // VIEWS, VECTOR)
+    if active_ptr is not None:
+        # None of the channels are active: of one row nothing is read.
+        count = tl.where(tl.program_id(0) % blocks * BLOCK_C < active, count, 1)
+    return c, active, view, chunk, view * rows.to(tl.int64) + first, count
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_chunk", "chunks", "c_units", "x_stride"])
@@ -76,12 +84,17 @@ def moments_kernel(
     chunks,
     c_units,  # channels in units of VECTOR, as is the stride
     x_stride,
+    active_ptr,
+    VIEWS: tl.constexpr,  # of a width
     VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     channels = c_units * VECTOR
-    c, c_ok, view, chunk, first, count = _place(rows, rows_per_chunk, channels, BLOCK_C)
+    c, active, view, chunk, first, count = _place(
+        rows, rows_per_chunk, channels, active_ptr, VIEWS, VECTOR, BLOCK_C
+    )
+    c_ok = c < active
     lane = tl.arange(0, BLOCK_ROWS)
     stride = x_stride.to(tl.int64) * VECTOR
     x_ptr += first * stride
@@ -116,6 +129,8 @@ def statistics_kernel(
     channels,
     momentum,
     eps,
+    active_ptr,
+    VIEWS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -124,11 +139,12 @@ def statistics_kernel(
     running_mean = load_vector(running_mean_ptr, c, channels, 0.0)
     running_var = load_vector(running_var_ptr, c, channels, 0.0)
     for view in range(0, views):
+        active = active_channels(channels, active_ptr, view // VIEWS, 1)
         lanes = tl.zeros((BLOCK_CHUNKS, 1), tl.float32)  # rows, mean and squared deviations so far, of every lane
         means = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
         m2 = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
         for i in range(0, chunks, BLOCK_CHUNKS):
-            of_chunk, m2_of_chunk, _ = load_partials(partials_ptr, view, i, chunks, c, channels, BLOCK_CHUNKS)
+            of_chunk, m2_of_chunk, _ = load_partials(partials_ptr, view, i, chunks, c, channels, active, BLOCK_CHUNKS)
             first = (i + tl.arange(0, BLOCK_CHUNKS)).to(tl.int64) * rows_per_chunk
             count = tl.maximum(tl.minimum(rows - first, rows_per_chunk), 0).to(tl.float32)[:, None]
             share = count / tl.maximum(lanes + count, 1.0)
@@ -139,8 +155,8 @@ def statistics_kernel(
         mean = tl.sum(means * (lanes / rows), 0)
         deviation = means - mean[None, :]
         var = tl.sum(m2 / rows + deviation * deviation * (lanes / rows), 0)
-        tl.store(mean_ptr + view * channels + c, mean, mask=c_ok)
-        tl.store(rstd_ptr + view * channels + c, 1.0 / tl.sqrt(var + eps), mask=c_ok)
+        tl.store(mean_ptr + view * channels + c, mean, mask=c < active)
+        tl.store(rstd_ptr + view * channels + c, 1.0 / tl.sqrt(var + eps), mask=c < active)
         running_mean += momentum * (mean - running_mean)
         running_var += momentum * (var * (rows / (rows - 1.0)) - running_var)
     if running_mean_ptr is not None:
@@ -166,24 +182,29 @@ def normalise_kernel(
     residual_stride,
     y_stride,
     eps,
+    active_ptr,
     ACTIVATION: tl.constexpr,
+    VIEWS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     channels = c_units * VECTOR
-    c, c_ok, view, chunk, first, count = _place(rows, rows_per_chunk, channels, BLOCK_C)
+    c, active, view, chunk, first, count = _place(
+        rows, rows_per_chunk, channels, active_ptr, VIEWS, VECTOR, BLOCK_C
+    )
+    c_ok = c < active
     if running_mean_ptr is not None:
-        mean = load_vector(running_mean_ptr, c, channels, 0.0)
-        rstd = 1.0 / tl.sqrt(load_vector(running_var_ptr, c, channels, 0.0) + eps)
+        mean = load_vector(running_mean_ptr, c, active, 0.0)
+        rstd = 1.0 / tl.sqrt(load_vector(running_var_ptr, c, active, 0.0) + eps)
         if chunk == 0:
             tl.store(mean_ptr + c, mean, mask=c_ok)
             tl.store(rstd_ptr + c, rstd, mask=c_ok)
     else:
         mean = tl.load(mean_ptr + view * channels + c, mask=c_ok, other=0.0)
         rstd = tl.load(rstd_ptr + view * channels + c, mask=c_ok, other=0.0)
-    scale = (rstd * load_vector(weight_ptr, c, channels, 1.0))[None, :]
-    bias = load_vector(bias_ptr, c, channels, 0.0)[None, :]
+    scale = (rstd * load_vector(weight_ptr, c, active, 1.0))[None, :]
+    bias = load_vector(bias_ptr, c, active, 0.0)[None, :]
     lane = tl.arange(0, BLOCK_ROWS)
     for i in range(0, count, BLOCK_ROWS):
         ok = (lane < count - i)[:, None] & c_ok[None, :]
@@ -227,17 +248,22 @@ def sums_kernel(
     x_stride,
     y_stride,
     dresidual_stride,
+    active_ptr,
     ACTIVATION: tl.constexpr,
+    VIEWS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     channels = c_units * VECTOR
-    c, c_ok, view, chunk, first, count = _place(rows, rows_per_chunk, channels, BLOCK_C)
+    c, active, view, chunk, first, count = _place(
+        rows, rows_per_chunk, channels, active_ptr, VIEWS, VECTOR, BLOCK_C
+    )
+    c_ok = c < active
     mean = tl.load(mean_ptr + view * channels + c, mask=c_ok, other=0.0)[None, :]
     rstd = tl.load(rstd_ptr + view * channels + c, mask=c_ok, other=0.0)
-    scale = (rstd * load_vector(weight_ptr, c, channels, 1.0))[None, :]
-    bias = load_vector(bias_ptr, c, channels, 0.0)[None, :]
+    scale = (rstd * load_vector(weight_ptr, c, active, 1.0))[None, :]
+    bias = load_vector(bias_ptr, c, active, 0.0)[None, :]
     lane = tl.arange(0, BLOCK_ROWS)
     sum_g = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     sum_gx = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
@@ -290,17 +316,22 @@ def dx_kernel(
     y_stride,
     dresidual_stride,
     dx_stride,
+    active_ptr,
     ACTIVATION: tl.constexpr,
+    VIEWS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     channels = c_units * VECTOR
-    c, c_ok, view, chunk, first, count = _place(rows, rows_per_chunk, channels, BLOCK_C)
+    c, active, view, chunk, first, count = _place(
+        rows, rows_per_chunk, channels, active_ptr, VIEWS, VECTOR, BLOCK_C
+    )
+    c_ok = c < active
     mean = tl.load(mean_ptr + view * channels + c, mask=c_ok, other=0.0)[None, :]
     rstd = tl.load(rstd_ptr + view * channels + c, mask=c_ok, other=0.0)[None, :]
-    scale = rstd * load_vector(weight_ptr, c, channels, 1.0)[None, :]
-    bias = load_vector(bias_ptr, c, channels, 0.0)[None, :]
+    scale = rstd * load_vector(weight_ptr, c, active, 1.0)[None, :]
+    bias = load_vector(bias_ptr, c, active, 0.0)[None, :]
     if means_ptr is not None:
         mean_g = tl.load(means_ptr + view * 2 * channels + c, mask=c_ok, other=0.0)[None, :]
         mean_gx = tl.load(means_ptr + (view * 2 + 1) * channels + c, mask=c_ok, other=0.0)[None, :] * rstd
@@ -371,13 +402,18 @@ def forward(
     views: int,
     activation: str | None,
     moments: Moments | None = None,
+    active: Active | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `Backend.batch_norm`, for x that is rows of channels; in training with its `moments`, if they are known."""
+    """As `Backend.batch_norm`, for x that is rows of channels; in training with its `moments`, if they are known.
+
+    active: of x, if they are read from the device; in training alone, without running statistics.
+    """
     channels = x.size(1)
     rows = x.numel() // (channels * views)
     y = new_rows(x)
     residual = None if residual is None else as_rows(residual)
-    vector, units, (x_stride, residual_stride, y_stride) = in_units(channels, (x, residual, y))
+    vector, units, (x_stride, residual_stride, y_stride) = in_units(channels, (x, residual, y), active=active)
+    of_width = by_width(views, active)
     mean = x.new_empty(views, channels, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if training:
@@ -385,7 +421,16 @@ def forward(
             tile, per_chunk, chunks = _reduction(rows, views, channels, vector)
             moments = Moments(partial_sums(chunks, channels, x, views), per_chunk)
             moments_kernel[(chunks * triton.cdiv(channels, tile["BLOCK_C"]), views)](
-                x, moments.partials, rows, per_chunk, chunks, units, x_stride, **tile, num_warps=WARPS
+                x,
+                moments.partials,
+                rows,
+                per_chunk,
+                chunks,
+                units,
+                x_stride,
+                **of_width,
+                **tile,
+                num_warps=WARPS,
             )
         statistics_kernel[(triton.cdiv(channels, STATISTICS["BLOCK_C"]),)](
             moments.partials,
@@ -400,6 +445,7 @@ def forward(
             channels,
             momentum,
             eps,
+            **of_width,
             **STATISTICS,
             num_warps=WARPS,
         )
@@ -423,6 +469,7 @@ def forward(
         y_stride,
         eps,
         ACTIVATION=activation,
+        **of_width,
         **tile,
         num_warps=WARPS,
     )
@@ -444,9 +491,10 @@ def backward(
     sums: float32 [views, chunks, 2, channels], of g and of g * normalised x, where g is grad as the activation passes
     it, if they are known (`conv2d.input_gradient`); only with need_grad_x.
     """
-    x, y, weight, bias, mean, rstd, activation = norm
+    x, y, weight, bias, mean, rstd, activation, active = norm
     views, channels = mean.shape
     rows = x.numel() // (channels * views)
+    of_width = by_width(views, active)
     grad = as_rows(grad)
     y = None if y is None or activation is None else as_rows(y)
     dresidual = unwritten = new_rows(x) if need_grad_residual else None
@@ -454,7 +502,7 @@ def backward(
     if sums is None and (
         means is not None or grad_weight is not None or grad_bias is not None or dresidual is not None
     ):
-        vector, units, strides = in_units(channels, (grad, x, y, dresidual))
+        vector, units, strides = in_units(channels, (grad, x, y, dresidual), active=active)
         tile, per_chunk, chunks = _reduction(rows, views, channels, vector)
         sums = partial_sums(chunks, channels, x, views)
         sums_kernel[(chunks * triton.cdiv(channels, tile["BLOCK_C"]), views)](
@@ -473,17 +521,18 @@ def backward(
             units,
             *strides,
             ACTIVATION=activation,
+            **of_width,
             **tile,
             num_warps=WARPS,
         )
         if dresidual is not None:  # already masked
             grad, y, unwritten, activation = dresidual, None, None, None
     if sums is not None:
-        add_sums(sums, rows, grad_weight, grad_bias, means)
+        add_sums(sums, rows, grad_weight, grad_bias, means, active)
     if not need_grad_x:
         return None, dresidual
     dx = new_rows(x)
-    vector, units, strides = in_units(channels, (grad, x, y, unwritten, dx))
+    vector, units, strides = in_units(channels, (grad, x, y, unwritten, dx), active=active)
     tile, per_chunk, grid = _elementwise(rows, views, channels, vector)
     dx_kernel[grid](
         grad,
@@ -501,6 +550,7 @@ def backward(
         units,
         *strides,
         ACTIVATION=activation,
+        **of_width,
         **tile,
         num_warps=WARPS,
     )
@@ -519,28 +569,35 @@ def binaries(capability: int) -> Iterator[Binary]:
     for dtype in ("fp16", "fp32"):
         yield from _binaries(64, dtype, 8, "relu6", residual=True)
     yield from _binaries(64, "bf16", 1, "relu6", residual=True)
-    yield Binary(
-        "batch norm statistics",
-        statistics_kernel,
-        {**dict.fromkeys(("partials_ptr", *_VECTORS), "*fp32"), "momentum": "fp32", "eps": "fp32"},
-        STATISTICS,
-        warps=WARPS,
-        stages=3,
-        matrix=False,
-        narrow=None,
-    )
+    for residual in (False, True):
+        yield from _binaries(64, "bf16", 8, "relu", residual=residual, any_width=True)
+    scalars = {"momentum": "fp32", "eps": "fp32", "active_ptr": "*i32"}
+    for any_width in (False, True):
+        yield Binary(
+            f"batch norm statistics{', any width' * any_width}",
+            statistics_kernel,
+            {**dict.fromkeys(("partials_ptr", *_VECTORS), "*fp32"), **scalars},
+            {**STATISTICS, **({"VIEWS": 2} if any_width else by_width(1, None))},
+            warps=WARPS,
+            stages=3,
+            matrix=False,
+            narrow=None,
+        )
 
 
 _VECTORS = ("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "means_ptr", "running_mean_ptr", "running_var_ptr")
 
 
-def _binaries(block_c: int, dtype: str, vector: int, activation: str | None, residual: bool) -> Iterator[Binary]:
-    """The kernels of a training step, and of evaluation."""
+def _binaries(
+    block_c: int, dtype: str, vector: int, activation: str | None, residual: bool, any_width: bool = False
+) -> Iterator[Binary]:
+    """The kernels of a training step, and of evaluation, which does not read the numbers of active channels."""
     tensors = ("x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "dresidual_ptr", "dx_ptr")
     vectors = dict.fromkeys(("partials_ptr", *_VECTORS), "*fp32")
-    types = {**dict.fromkeys(tensors, f"*{dtype}"), **vectors, "eps": "fp32"}
+    types = {**dict.fromkeys(tensors, f"*{dtype}"), **vectors, "eps": "fp32", "active_ptr": "*i32"}
     tile = _tile(block_c, vector)
-    kind = f"{dtype} {tile['BLOCK_ROWS']}x{block_c}{'' if vector > 1 else ', any channels'}"
+    kind = f"{dtype} {tile['BLOCK_ROWS']}x{block_c}{'' if vector > 1 else ', any channels'}{', any width' * any_width}"
+    of_width = {"VIEWS": 2} if any_width else by_width(1, None)
     settings: dict[str, Any] = {"warps": WARPS, "stages": 3, "matrix": False, "narrow": 4 if vector > 1 else None}
     fused = f" +{activation}" * (activation is not None) + " +residual" * residual
     running: dict[str, Any] = {"running_mean_ptr": None, "running_var_ptr": None}
@@ -548,12 +605,13 @@ def _binaries(block_c: int, dtype: str, vector: int, activation: str | None, res
     unread: dict[str, Any] = {"y_ptr": None, "dresidual_ptr": None}
     masking: dict[str, Any] = {"bias_ptr": None} if residual else unread
     behind_sums = {"ACTIVATION": None if residual else activation, **unread}  # dResidual is masked
+    evaluation = (f"normalise{fused}, evaluation", normalise_kernel, {"ACTIVATION": activation, **added})
     for name, kernel, constants in (
         ("moments", moments_kernel, {}),
         (f"normalise{fused}", normalise_kernel, {"ACTIVATION": activation, **added, **running}),
-        (f"normalise{fused}, evaluation", normalise_kernel, {"ACTIVATION": activation, **added}),
+        *([] if any_width else [evaluation]),
         (f"sums{fused}", sums_kernel, {"ACTIVATION": activation, **masking}),
         (f"dX{fused}", dx_kernel, behind_sums),
         *([(f"dX{fused}, sums known", dx_kernel, {"ACTIVATION": activation, **masking})] if residual else []),
     ):
-        yield Binary(f"batch norm {name} {kind}", kernel, types, {**tile, **constants}, **settings)
+        yield Binary(f"batch norm {name} {kind}", kernel, types, {**tile, **of_width, **constants}, **settings)

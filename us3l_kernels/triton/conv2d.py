@@ -33,8 +33,14 @@ import triton.language as tl
 from torch import Tensor
 
 from us3l_kernels.layout import convolved, is_rows
-from us3l_kernels.triton import DTYPES, SHARED_MEMORY, Binary, Norm
-from us3l_kernels.triton.reductions import Moments, partial_sums, sums_for_norm
+from us3l_kernels.triton import DTYPES, SHARED_MEMORY, Active, Binary, Norm, Sizes, counts_of, units_of
+from us3l_kernels.triton.reductions import (
+    Moments,
+    active_channels,
+    most_active_channels,
+    partial_sums,
+    sums_for_norm,
+)
 
 # ---------------------------------------------------------------------------------------------- kernels
 
@@ -96,6 +102,9 @@ def product_kernel(
     added_stride,
     norm_x_stride,
     norm_y_stride,
+    k_active_ptr,  # the numbers of active channels, by width, if they are read from memory: `triton.Active`
+    n_active_ptr,
+    VIEWS: tl.constexpr,  # of a width
     KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -118,13 +127,17 @@ def product_kernel(
     BLOCK_K: tl.constexpr,
 ):
     k_size = k_units * VECTOR
-    n_size = n_units * VECTOR
-    tiles_n = tl.cdiv(n_size, BLOCK_N)
+    n_full = n_units * VECTOR
+    tiles_n = tl.cdiv(n_full, BLOCK_N)
     tile_m = tl.program_id(0) // tiles_n  # neighbours share pixels, which then come from the L2 cache
     n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_ok = n < n_size
+    n_ok = n < n_full
     view = tile_m // tiles_per_view
     tile = tile_m - view * tiles_per_view
+    k_size = active_channels(k_size, k_active_ptr, view // VIEWS, VECTOR)
+    n_size = active_channels(n_full, n_active_ptr, view // VIEWS, VECTOR)
+    if n_active_ptr is not None:
+        n_ok = n < n_size
 
     # Where rows lie: pixel (image, top, left) of a at tap 0, and the pixel of y.
     POINTWISE: tl.constexpr = KH * KW * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0
@@ -174,6 +187,8 @@ def product_kernel(
     blocks = taps_h * taps_w * blocks_k
     if FLAT:
         blocks = tl.cdiv(taps_h * taps_w * k_size, BLOCK_K)
+    if n_active_ptr is not None:
+        blocks = tl.where(tl.program_id(0) % tiles_n * BLOCK_N < n_size, blocks, 0)  # none of the channels are active
     for block in range(0, blocks):  # one loop over taps and channels: the pipeline is never drained
         if FLAT:
             flat = block * BLOCK_K + k_range
@@ -240,6 +255,7 @@ def product_kernel(
                 rstd_ptr,
                 view,
                 n,
+                n_full,
                 n_size,
                 ok,
                 ACTIVATION,
@@ -251,9 +267,9 @@ def product_kernel(
             deviations = tl.where(row_ok[:, None], values - sum0[None, :], 0.0)
             sum1 = tl.sum(deviations * deviations, 0)
             chunk = tile_m
-        partial = partials_ptr + chunk.to(tl.int64) * (2 * n_size) + n
+        partial = partials_ptr + chunk.to(tl.int64) * (2 * n_full) + n
         tl.store(partial, sum0, mask=n_ok)
-        tl.store(partial + n_size, sum1, mask=n_ok)
+        tl.store(partial + n_full, sum1, mask=n_ok)
 
 
 @triton.jit(
@@ -276,7 +292,7 @@ def weight_gradient_kernel(
     dy_ptr,
     x_ptr,
     dw_ptr,  # the gradient itself, added to, or float32 [pieces, out, taps, in], written
-    rows,  # pixels of y
+    rows,  # pixels of y, of a width
     rows_of_piece,
     x_h,
     x_w,
@@ -288,6 +304,9 @@ def weight_gradient_kernel(
     x_stride,
     dw_out,
     dw_tap,
+    out_active_ptr,  # as in product_kernel
+    in_active_ptr,
+    WIDTHS: tl.constexpr,  # stacked in the batch; every piece is of one width
     KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -305,17 +324,27 @@ def weight_gradient_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """One tile of dW[out, tap, in] = sum over pixels of dY[pixel, out] * X[pixel seen through the tap, in]."""
-    out_size = out_units * VECTOR
-    in_size = in_units * VECTOR
+    out_full = out_units * VECTOR
+    in_full = in_units * VECTOR
+    piece = tl.program_id(2)
+    width = 0
+    if WIDTHS > 1:
+        pieces = tl.cdiv(rows, rows_of_piece)
+        width = piece // pieces
+        piece = piece % pieces
+    out_size = active_channels(out_full, out_active_ptr, width, VECTOR)
+    in_size = active_channels(in_full, in_active_ptr, width, VECTOR)
     out = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     out_ok = out < out_size
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if FLAT:
-        tap = column // in_size
-        channel = column % in_size
+        tap = column // in_full
+        channel = column % in_full
         channel_ok = tap < KH * KW
+        if in_active_ptr is not None:
+            channel_ok = channel_ok & (channel < in_size)
     else:
-        tiles = tl.cdiv(in_size, BLOCK_N)
+        tiles = tl.cdiv(in_full, BLOCK_N)
         tap = tl.program_id(1) // tiles
         channel = column - tap * (tiles * BLOCK_N)
         channel_ok = channel < in_size
@@ -324,8 +353,15 @@ def weight_gradient_kernel(
     shift = (from_top * x_w + from_left).to(tl.int64) * (x_stride * VECTOR) + channel
 
     POINTWISE: tl.constexpr = KH * KW * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0
-    begin = tl.program_id(2) * rows_of_piece
+    begin = piece * rows_of_piece
     end = tl.minimum(begin + rows_of_piece, rows)
+    if WIDTHS > 1:
+        begin += width * rows
+        end += width * rows
+    if out_active_ptr is not None:
+        end = tl.where(tl.program_id(0) * BLOCK_M < out_size, end, begin)  # none of the channels are active
+    if in_active_ptr is not None and not FLAT:
+        end = tl.where(tl.program_id(1) % tiles * BLOCK_N < in_size, end, begin)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(begin, end, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
@@ -357,7 +393,7 @@ def weight_gradient_kernel(
     ok = out_ok[:, None] & channel_ok[None, :]
     offsets = out.to(tl.int64) * (dw_out * VECTOR)
     if not ADD:
-        offsets += tl.program_id(2).to(tl.int64) * out_size * (dw_out * VECTOR)
+        offsets += tl.program_id(2).to(tl.int64) * out_full * (dw_out * VECTOR)
     dw = dw_ptr + offsets[:, None] + (tap * (dw_tap * VECTOR) + channel)[None, :]
     if ADD:
         acc += tl.load(dw, mask=ok, other=0.0).to(tl.float32)
@@ -368,7 +404,7 @@ def weight_gradient_kernel(
     do_not_specialize=["pieces", "size_units", "in_units", "taps", "taps_w", "dw_out", "dw_h", "dw_w", "dw_in"]
 )
 def add_pieces_kernel(
-    pieces_ptr,  # float32 [pieces, out, taps, in]
+    pieces_ptr,  # float32 [widths, pieces, out, taps, in]
     dw_ptr,
     pieces,
     size_units,  # elements of a piece, in units of VECTOR, as are the strides of dw but that of its channels
@@ -379,6 +415,9 @@ def add_pieces_kernel(
     dw_h,
     dw_w,
     dw_in,
+    out_active_ptr,  # as in weight_gradient_kernel
+    in_active_ptr,
+    WIDTHS: tl.constexpr,
     INNERMOST: tl.constexpr,  # the channels of dw are: dw_in is 1
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -388,18 +427,29 @@ def add_pieces_kernel(
     in_size = in_units * VECTOR
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = element < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for piece in range(0, pieces):
-        total += tl.load(pieces_ptr + tl.cast(piece, tl.int64) * size + element, mask=ok, other=0.0)
     channel = element % in_size
     tap = element // in_size % taps
     out = element // (in_size * taps)
+    total = tl.zeros((BLOCK,), tl.float32)
+    written = ok
+    if out_active_ptr is not None or in_active_ptr is not None:
+        most_out = most_active_channels(size // (in_size * taps), out_active_ptr, WIDTHS)
+        most_in = most_active_channels(in_size, in_active_ptr, WIDTHS)
+        written = ok & (out < most_out) & (channel < most_in // VECTOR * VECTOR)
+    for width in tl.static_range(WIDTHS):
+        added = ok
+        if out_active_ptr is not None:
+            added = added & (out < tl.load(out_active_ptr + width))
+        if in_active_ptr is not None:
+            added = added & (channel < active_channels(in_size, in_active_ptr, width, VECTOR))
+        for piece in range(width * pieces, (width + 1) * pieces):
+            total += tl.load(pieces_ptr + tl.cast(piece, tl.int64) * size + element, mask=added, other=0.0)
     if not INNERMOST:
         channel *= dw_in
     at_tap = (tap // taps_w) * (dw_h * VECTOR) + (tap % taps_w) * (dw_w * VECTOR)
     dw = dw_ptr + out.to(tl.int64) * (dw_out * VECTOR) + at_tap + channel
-    total += tl.load(dw, mask=ok, other=0.0).to(tl.float32)
-    tl.store(dw, total.to(dw_ptr.dtype.element_ty), mask=ok)
+    total += tl.load(dw, mask=written, other=0.0).to(tl.float32)
+    tl.store(dw, total.to(dw_ptr.dtype.element_ty), mask=written)
 
 
 # ---------------------------------------------------------------------------------------------- configurations
@@ -605,24 +655,28 @@ def _product(
     views: int | None = None,
     added: Tensor | None = None,
     norm: Norm | None = None,
+    sizes: Sizes | None = None,
 ) -> Moments | None:
     """Writes y from a, or, as a gradient, dX from dY, plus `added`.
 
     With `views`, also gives the moments of y, a tile of rows being a chunk; or, as a gradient, what `norm` needs of it.
+    sizes: of the convolution, if they are read from the device.
     """
     (images, k_size, a_h, a_w), (_, n_size, y_h, y_w) = a.shape, y.shape
     outputs, inputs = (k_size, n_size) if gradient else (n_size, k_size)
     a, a_stride = _pixels(a)
     y_stride = _pixels(y)[1]
     added, added_stride = (None, 0) if added is None else _pixels(added)
-    norm_x, norm_y, *of_norm, activation = [None] * 7 if norm is None else norm
+    norm_x, norm_y, *of_norm, activation, _ = [None] * 8 if norm is None else norm
     norm_x, norm_x_stride = (None, 0) if norm_x is None else _pixels(norm_x)
     norm_y, norm_y_stride = (None, 0) if norm_y is None else _pixels(norm_y)
     weight, (w_out, w_tap) = _readable(weight, outputs, inputs)
     strides = (a_stride, w_out, w_tap, y_stride, added_stride, norm_x_stride, norm_y_stride)
-    vector = _vector(k_size, n_size, *strides)
+    k_active, n_active = _active(sizes, gradient)
+    vector = _vector(k_size, n_size, *strides, *units_of(k_active, n_active))
     a_stride, w_out, w_tap, y_stride, *epilogue_strides = (stride // vector for stride in strides)
-    parts = views or 1
+    widths = 1 if sizes is None else sizes.widths
+    parts = views or widths
     stride_h, stride_w = geometry.stride if gradient else (1, 1)
     rows = images // parts * triton.cdiv(y_h, stride_h) * triton.cdiv(y_w, stride_w)  # the largest phase of a view
     phases = stride_h * stride_w
@@ -669,10 +723,19 @@ def _product(
             y_stride,
             tiles,
             *epilogue_strides,
+            *counts_of(k_active, n_active),
+            VIEWS=1 if sizes is None else parts // widths,
             **constants,
             **_settings(tile, a.element_size(), gpu.shared_memory),
         )
     return None if partials is None else Moments(partials, tile.m)
+
+
+def _active(sizes: Sizes | None, gradient: bool) -> tuple[Active | None, Active | None]:
+    """Of what a product sums over, and of its result."""
+    if sizes is None:
+        return None, None
+    return (sizes.outputs, sizes.inputs) if gradient else (sizes.inputs, sizes.outputs)
 
 
 def _result(x: Tensor, outputs: int, geometry: Geometry) -> Tensor:
@@ -681,7 +744,13 @@ def _result(x: Tensor, outputs: int, geometry: Geometry) -> Tensor:
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, geometry: Geometry, precision: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    geometry: Geometry,
+    precision: str,
+    sizes: Sizes | None = None,
 ) -> Tensor:
     """[N, c, H, W] -> [N, outputs, H', W'], channels_last.
 
@@ -689,19 +758,25 @@ def conv2d(
     """
     y = _result(x, outputs, geometry)
     if y.numel() > 0:
-        _product(x, weight, bias, y, geometry, precision)
+        _product(x, weight, bias, y, geometry, precision, sizes=sizes)
     return y
 
 
 def conv2d_moments(
-    x: Tensor, weight: Tensor, outputs: int, geometry: Geometry, precision: str, views: int
+    x: Tensor,
+    weight: Tensor,
+    outputs: int,
+    geometry: Geometry,
+    precision: str,
+    views: int,
+    sizes: Sizes | None = None,
 ) -> tuple[Tensor, Moments]:
     """`conv2d` without bias, and the moments of its result as it is stored, for the batch norm behind it.
 
     The batch, which is not empty, is `views` stacked views. Every tile of pixels lies in one view.
     """
     y = _result(x, outputs, geometry)
-    moments = _product(x, weight, None, y, geometry, precision, views=views)
+    moments = _product(x, weight, None, y, geometry, precision, views=views, sizes=sizes)
     assert moments is not None
     return y, moments
 
@@ -714,6 +789,7 @@ def input_gradient(
     precision: str,
     added: Tensor | None = None,
     norm: Norm | None = None,
+    sizes: Sizes | None = None,
 ) -> Tensor | None:
     """Writes dX [N, c, H, W], whose pixels lie at one distance, from dY [N, outputs, H', W'], plus `added`, like dX.
 
@@ -723,7 +799,9 @@ def input_gradient(
     if dx.numel() == 0:
         return None
     views = None if norm is None else norm.mean.size(0)
-    sums = _product(grad, weight, None, dx, geometry, precision, gradient=True, views=views, added=added, norm=norm)
+    sums = _product(
+        grad, weight, None, dx, geometry, precision, gradient=True, views=views, added=added, norm=norm, sizes=sizes
+    )
     return None if sums is None else sums.partials
 
 
@@ -732,30 +810,42 @@ def _gradient_constants(geometry: Geometry, *, add: bool, flat: bool, vector: in
     return {**geometry.constants(), "ADD": add, "FLAT": flat, "VECTOR": vector, "PRECISION": precision}
 
 
-def weight_gradient(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geometry, precision: str) -> None:
+def weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    grad_weight: Tensor,
+    geometry: Geometry,
+    precision: str,
+    sizes: Sizes | None = None,
+) -> None:
     """Adds dW to the prefix [outputs, c] of `grad_weight` [>= outputs, >= c, kh, kw], of any layout and dtype."""
     (images, outputs, y_h, y_w), (_, inputs, x_h, x_w) = grad.shape, x.shape
-    rows, taps = images * y_h * y_w, math.prod(geometry.kernel)
+    out_active, in_active = _active(sizes, gradient=True)
+    widths = 1 if sizes is None else sizes.widths
+    rows, taps = images // widths * y_h * y_w, math.prod(geometry.kernel)  # rows: of a width
     if rows == 0:
         return
     grad, grad_stride = _pixels(grad)
     x, x_stride = _pixels(x)
     gpu = device(x.device.index)
     distances = _filters(grad_weight)
-    vector = _vector(outputs, inputs, grad_stride, x_stride, *(distances or ()))
+    vector = _vector(
+        outputs, inputs, grad_stride, x_stride, *(distances or ()), *units_of(in_active, out_active)
+    )
     tile = _tile(GRADIENT_TILES, precision, vector, inputs, gpu.capability)
     flat = _is_flat(geometry, inputs, tile.n)
     columns = triton.cdiv(taps * inputs, tile.n) if flat else taps * triton.cdiv(inputs, tile.n)
-    blocks = triton.cdiv(outputs, tile.m) * columns
+    blocks = triton.cdiv(outputs, tile.m) * columns * widths
     wanted = triton.cdiv(BLOCKS_PER_MULTIPROCESSOR * gpu.multiprocessors, blocks)
     rows_of_piece = triton.cdiv(max(triton.cdiv(rows, wanted), LEAST_ROWS_OF_A_PIECE), tile.k) * tile.k
     pieces = triton.cdiv(rows, rows_of_piece)
 
-    add = pieces == 1 and distances is not None
-    destination = grad_weight if add else grad.new_empty((pieces, outputs, taps, inputs), dtype=torch.float32)
+    add = pieces * widths == 1 and distances is not None
+    shape = (widths, pieces, outputs, taps, inputs)
+    destination = grad_weight if add else grad.new_empty(shape, dtype=torch.float32)
     dw_out, dw_tap = distances if add and distances is not None else (taps * inputs, inputs)
     with torch.cuda.device_of(x):
-        weight_gradient_kernel[(triton.cdiv(outputs, tile.m), columns, pieces)](
+        weight_gradient_kernel[(triton.cdiv(outputs, tile.m), columns, widths * pieces)](
             grad,
             x,
             destination,
@@ -771,20 +861,24 @@ def weight_gradient(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geom
             x_stride // vector,
             dw_out // vector,
             dw_tap // vector,
+            *counts_of(out_active, in_active),
+            WIDTHS=widths,
             **_gradient_constants(geometry, add=add, flat=flat, vector=vector, precision=precision),
             **_settings(tile, x.element_size(), gpu.shared_memory),
         )
         if not add:
-            _add_pieces(destination, grad_weight)
+            _add_pieces(destination, grad_weight, in_active, out_active)
 
 
-def _add_pieces(pieces: Tensor, grad_weight: Tensor) -> None:
-    number, outputs, taps, inputs = pieces.shape
+def _add_pieces(
+    pieces: Tensor, grad_weight: Tensor, in_active: Active | None, out_active: Active | None
+) -> None:
+    widths, number, outputs, taps, inputs = pieces.shape
     size = outputs * taps * inputs
     layout = zip(grad_weight.stride(), grad_weight.shape, strict=True)
     dw_out, dw_in, dw_h, dw_w = (stride if count > 1 else 0 for stride, count in layout)
     innermost = dw_in <= 1
-    vector = _vector(inputs, dw_out, dw_h, dw_w) if innermost else 1
+    vector = _vector(inputs, dw_out, dw_h, dw_w, *units_of(in_active)) if innermost else 1
     add_pieces_kernel[(triton.cdiv(size, ADDED_AT_A_TIME),)](
         pieces,
         grad_weight,
@@ -797,6 +891,8 @@ def _add_pieces(pieces: Tensor, grad_weight: Tensor) -> None:
         dw_h // vector,
         dw_w // vector,
         dw_in,
+        *counts_of(out_active, in_active),
+        WIDTHS=widths,
         INNERMOST=innermost,
         VECTOR=vector,
         BLOCK=ADDED_AT_A_TIME,
@@ -867,21 +963,48 @@ def binaries(capability: int) -> Iterator[Binary]:
             of_norm = {"added": True, "norm": "x", "activation": "relu6"}
             yield product("3x3", of_dx, precision, dtype, dx=True, flat=flat, vector=1, **of_norm)
             yield gradient("3x3", of_gradient, precision, dtype, flat=flat, vector=1)
-    for dtype in DTYPES:
-        for vector, innermost in ((8, True), (1, True), (1, False)):
-            yield Binary(
-                f"dW, pieces added {dtype}{_ANY if vector == 1 else ''}{'' if innermost else ', any layout'}",
-                add_pieces_kernel,
-                {"pieces_ptr": "*fp32", "dw_ptr": f"*{dtype}"},
-                {"INNERMOST": innermost, "VECTOR": vector, "BLOCK": ADDED_AT_A_TIME},
-                warps=4,
-                stages=3,
-                matrix=False,
-                narrow=0 if vector > 1 else None,
-            )
+    tile, joined, of_gradient = PRODUCT_TILES["half"][1], JOINED_TILES["half"][1], GRADIENT_TILES["half"][1]
+    for geometry in _GEOMETRIES:
+        for dx in (False, True):
+            yield product(geometry, tile, "half", "bf16", dx=dx, statistics=not dx, any_width=True)
+        yield gradient(geometry, of_gradient, "half", "bf16", any_width=True)
+    for dx in (False, True):
+        yield product("3x3", narrow, "half", "bf16", dx=dx, statistics=not dx, flat=True, any_width=True)
+    yield gradient("3x3", narrow_of_gradient, "half", "bf16", flat=True, any_width=True)
+    for norm in ("x", "y"):
+        of_norm = {"added": True, "norm": norm, "activation": "relu6"}
+        yield product("3x3", joined, "half", "bf16", dx=True, any_width=True, **of_norm)
+    for precision, vector in (("tf32", 8), ("tf32", 1)):
+        tables = (PRODUCT_TILES, JOINED_TILES, GRADIENT_TILES)
+        tile, of_dx, of_gradient = (_tile(table, precision, vector, 128, capability) for table in tables)
+        yield product("3x3", tile, precision, "fp32", statistics=True, vector=vector, any_width=True)
+        yield product("3x3", of_dx, precision, "fp32", dx=True, vector=vector, any_width=True, **of_norm)
+        yield gradient("3x3", of_gradient, precision, "fp32", vector=vector, any_width=True)
+    for any_width in (False, True):
+        for dtype in ("fp32",) if any_width else DTYPES:
+            for vector, innermost in ((8, True), (1, True), (1, False)):
+                name = f"dW, pieces added {dtype}{_ANY if vector == 1 else ''}{'' if innermost else ', any layout'}"
+                yield Binary(
+                    name + _ANY_WIDTH * any_width,
+                    add_pieces_kernel,
+                    {"pieces_ptr": "*fp32", "dw_ptr": f"*{dtype}", **_COUNTS_OF_DW},
+                    {
+                        **({"WIDTHS": 2} if any_width else {"WIDTHS": 1, **dict.fromkeys(_COUNTS_OF_DW)}),
+                        "INNERMOST": innermost,
+                        "VECTOR": vector,
+                        "BLOCK": ADDED_AT_A_TIME,
+                    },
+                    warps=4,
+                    stages=3,
+                    matrix=False,
+                    narrow=4 * any_width if vector > 1 else None,
+                )
 
 
 _ANY = ", any channels"
+_ANY_WIDTH = ", any width"
+_COUNTS_OF_PRODUCT = {"k_active_ptr": "*i32", "n_active_ptr": "*i32"}
+_COUNTS_OF_DW = {"out_active_ptr": "*i32", "in_active_ptr": "*i32"}
 
 
 def _tiled(
@@ -926,8 +1049,10 @@ def _product_binary(
     added: bool = False,
     norm: str | None = None,
     activation: str | None = None,
+    any_width: bool = False,
 ) -> Binary:
-    """norm: "x" or "y", if dX gives the sums for a norm and masks by its x or its y."""
+    """norm: "x" or "y", if dX gives the sums for a norm and masks by its x or its y. any_width: it reads the numbers of
+    active channels from memory."""
     statistics = statistics or norm is not None
     constants = _product_constants(
         _GEOMETRIES[geometry],
@@ -941,17 +1066,18 @@ def _product_binary(
     )
     tensors = ("a_ptr", "w_ptr", "y_ptr", "bias_ptr", "partials_ptr", "added_ptr", "norm_x_ptr", "norm_y_ptr")
     vectors = ("norm_weight_ptr", "norm_bias_ptr", "mean_ptr", "rstd_ptr")
-    pointers = {**dict.fromkeys(tensors, f"*{dtype}"), **dict.fromkeys(vectors, "*fp32")}
+    pointers = {**dict.fromkeys(tensors, f"*{dtype}"), **dict.fromkeys(vectors, "*fp32"), **_COUNTS_OF_PRODUCT}
     if statistics:
         pointers["partials_ptr"] = "*fp32"
     unused = {"x": ["norm_y_ptr"], "y": ["norm_bias_ptr"], None: ["norm_x_ptr", "norm_y_ptr", *vectors]}[norm]
     constants |= dict.fromkeys(unused if added else [*unused, "added_ptr"])
+    constants |= {"VIEWS": 2} if any_width else {"VIEWS": 1, **dict.fromkeys(_COUNTS_OF_PRODUCT)}
     of_norm = "" if norm is None else f" +sums by {norm}{'' if activation is None else f', {activation}'}"
     name = f"{'dX' if dx else 'forward'} {geometry}{' +bias' * bias}{' +statistics' * (statistics and not dx)}"
-    name += f"{' +added' * added}{of_norm}"
+    name += f"{' +added' * added}{of_norm}{_ANY_WIDTH * any_width}"
     # Bias and statistics: one element of a channel by each thread. TF32 needs both factors with k innermost, which the
     # weight of dX has not, and is transposed on its way, element by element.
-    narrow = None if dx and precision == "tf32" else 16 if bias or statistics else 0
+    narrow = None if dx and precision == "tf32" else 16 if bias or statistics else 4 * any_width
     return _tiled(capability, name, product_kernel, pointers, constants, tile, dtype, narrow)
 
 
@@ -965,9 +1091,11 @@ def _gradient_binary(
     flat: bool = False,
     vector: int = 8,
     add: bool = False,
+    any_width: bool = False,
 ) -> Binary:
     constants = _gradient_constants(_GEOMETRIES[geometry], add=add, flat=flat, vector=vector, precision=precision)
-    pointers = {"dy_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "dw_ptr": "*fp32"}
-    name = f"dW {geometry}{', added' * add}"
-    narrow = None if precision == "tf32" else 0  # see _product_binary; here it is both factors
+    constants |= {"WIDTHS": 2} if any_width else {"WIDTHS": 1, **dict.fromkeys(_COUNTS_OF_DW)}
+    pointers = {"dy_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "dw_ptr": "*fp32", **_COUNTS_OF_DW}
+    name = f"dW {geometry}{', added' * add}{_ANY_WIDTH * any_width}"
+    narrow = None if precision == "tf32" else 4 * any_width  # see _product_binary; here it is both factors
     return _tiled(capability, name, weight_gradient_kernel, pointers, constants, tile, dtype, narrow)

@@ -24,9 +24,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.triton import DTYPES, Binary, Norm
+from us3l_kernels.triton import DTYPES, Active, Binary, Norm
 from us3l_kernels.triton.conv2d import Geometry, first_tap
-from us3l_kernels.triton.reductions import CHUNKS, STAGE2, WARPS, in_chunks, load_vector, partial_sums, sums_for_norm
+from us3l_kernels.triton.reductions import (
+    CHUNKS,
+    STAGE2,
+    WARPS,
+    active_channels,
+    by_width,
+    in_chunks,
+    load_vector,
+    most_active_channels,
+    partial_sums,
+    sums_for_norm,
+)
 from us3l_kernels.triton.rows import as_rows, in_units, new_rows
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -86,6 +97,8 @@ def correlation_kernel(
     added_stride,
     norm_x_stride,
     norm_y_stride,
+    active_ptr,  # the numbers of active channels, by width, if they are read from memory: `triton.Active`
+    VIEWS: tl.constexpr,  # of a width
     KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -105,7 +118,9 @@ def correlation_kernel(
     channels = c_units * VECTOR
     blocks_c = tl.cdiv(channels, BLOCK_C)
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_ok = c < channels
+    view = tl.program_id(0) // blocks_c // tiles_per_view
+    active = active_channels(channels, active_ptr, view // VIEWS, VECTOR)
+    c_ok = c < active
     if GRADIENT:
         phase_h = tl.program_id(1) // STRIDE_W
         phase_w = tl.program_id(1) % STRIDE_W
@@ -123,7 +138,6 @@ def correlation_kernel(
 
     tiles_w = tl.cdiv(rows_w, tile_w)
     tiles_h = tl.cdiv(rows_h, tile_h)
-    view = tl.program_id(0) // blocks_c // tiles_per_view
     tile = tl.program_id(0) // blocks_c % tiles_per_view
     pixel = tl.arange(0, BLOCK_PIXELS)
     w = tile % tiles_w * tile_w + pixel % tile_w
@@ -151,13 +165,13 @@ def correlation_kernel(
             tap_w = first_w + j * STEP_W
             column = left + j * move_per_tap_w
             ok = row_ok & (column >= 0) & (column < tl.where(tap_w < KW, a_w, 0))
-            filters_ok = c < tl.where((tap_h < KH) & (tap_w < KW), channels, 0)
+            filters_ok = c < tl.where((tap_h < KH) & (tap_w < KW), active, 0)
             move = (i * move_per_tap_h * a_w + j * move_per_tap_w) * stride
             a = tl.load(a_ptr + move, mask=ok[:, None] & c_ok[None, :], other=0.0).to(tl.float32)
             filters = tl.load(taps_ptr + (tap_h * KW + tap_w) * channels + c, mask=filters_ok, other=0.0)
             acc += a * filters.to(tl.float32)[None, :]
     if bias_ptr is not None:
-        acc += load_vector(bias_ptr, c, channels, 0.0)[None, :]
+        acc += load_vector(bias_ptr, c, active, 0.0)[None, :]
     ok = pixel_ok[:, None] & c_ok[None, :]
     target = target[:, None]
     if added_ptr is not None:
@@ -178,6 +192,7 @@ def correlation_kernel(
             view,
             c,
             channels,
+            active,
             ok,
             ACTIVATION,
         )
@@ -203,8 +218,8 @@ def correlation_kernel(
 def filter_sums_kernel(
     grad_ptr,
     x_ptr,
-    partials_ptr,  # [chunks, kh * kw, channels]: sums of grad * x over the pixels of y in a chunk
-    pixels,
+    partials_ptr,  # [widths, chunks, kh * kw, channels]: sums of grad * x over the pixels of y in a chunk
+    pixels,  # of a width
     pixels_per_chunk,
     x_h,
     x_w,
@@ -213,6 +228,8 @@ def filter_sums_kernel(
     c_units,
     grad_stride,
     x_stride,
+    active_ptr,
+    WIDTHS: tl.constexpr,  # stacked in the batch; every chunk is of one width
     KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -231,11 +248,22 @@ def filter_sums_kernel(
     tap_h = tl.program_id(0) % KH  # fastest: the rows of a filter read the same pixels
     c = tl.program_id(0) // KH % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     chunk = tl.program_id(0) // (KH * blocks_c)
-    c_ok = c < channels
     tap_w = tl.arange(0, BLOCK_TAPS)
     lane = tl.arange(0, BLOCK_PIXELS)
-    first = chunk * pixels_per_chunk
+    of_width = chunk
+    width = 0
+    if WIDTHS > 1:
+        chunks = tl.cdiv(pixels, pixels_per_chunk)
+        width = chunk // chunks
+        of_width = chunk % chunks
+    active = active_channels(channels, active_ptr, width, VECTOR)
+    c_ok = c < active
+    first = of_width * pixels_per_chunk
     count = tl.minimum(pixels - first, pixels_per_chunk)
+    if WIDTHS > 1:
+        first += width * pixels
+    if active_ptr is not None:
+        count = tl.where(tl.program_id(0) // KH % blocks_c * BLOCK_C < active, count, 0)  # none of the channels are
     acc = tl.zeros((BLOCK_PIXELS, BLOCK_TAPS, BLOCK_C), tl.float32)
     for i in range(0, count, BLOCK_PIXELS):
         pixel = first + i + lane
@@ -262,7 +290,7 @@ def filter_sums_kernel(
 
 @triton.jit(do_not_specialize=["chunks", "taps", "taps_w", "channels", "dw_out", "dw_h", "dw_w"])
 def add_filters_kernel(
-    partials_ptr,  # [chunks, taps, channels]
+    partials_ptr,  # [widths, chunks, taps, channels]
     dw_ptr,  # full size, any strides
     chunks,
     taps,
@@ -271,17 +299,21 @@ def add_filters_kernel(
     dw_out,
     dw_h,
     dw_w,
+    active_ptr,
+    WIDTHS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     tap = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_ok = c < channels
+    c_ok = c < most_active_channels(channels, active_ptr, WIDTHS)
     lanes = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
-    for first in range(0, chunks, BLOCK_CHUNKS):
-        chunk = first + tl.arange(0, BLOCK_CHUNKS)
-        offsets = (chunk.to(tl.int64) * taps + tap)[:, None] * channels + c[None, :]
-        lanes += tl.load(partials_ptr + offsets, mask=(chunk < chunks)[:, None] & c_ok[None, :], other=0.0)
+    for width in tl.static_range(WIDTHS):
+        added = c < active_channels(channels, active_ptr, width, 1)
+        for first in range(0, chunks, BLOCK_CHUNKS):
+            chunk = first + tl.arange(0, BLOCK_CHUNKS)
+            offsets = ((width * chunks + chunk).to(tl.int64) * taps + tap)[:, None] * channels + c[None, :]
+            lanes += tl.load(partials_ptr + offsets, mask=(chunk < chunks)[:, None] & added[None, :], other=0.0)
     target = dw_ptr + c.to(tl.int64) * dw_out + (tap // taps_w * dw_h + tap % taps_w * dw_w)
     total = tl.load(target, mask=c_ok, other=0.0).to(tl.float32) + tl.sum(lanes, 0)
     tl.store(target, total.to(dw_ptr.dtype.element_ty), mask=c_ok)
@@ -311,16 +343,17 @@ def _correlate(
     gradient: bool,
     added: Tensor | None = None,
     norm: Norm | None = None,
+    active: Active | None = None,
 ) -> Tensor | None:
     """y from x; or dX from dY with the phases of dX as the second axis of the grid, plus `added`. Returns what `norm`
     needs of dX."""
     images, channels, height, width = y.shape
-    norm_x, norm_y, *of_norm, activation = [None] * 7 if norm is None else norm
-    views = 1 if norm is None else norm.mean.size(0)
+    norm_x, norm_y, *of_norm, activation, _ = [None] * 8 if norm is None else norm
+    views = norm.mean.size(0) if norm is not None else 1 if active is None else active.widths
     images //= views
     phases = geometry.stride if gradient else (1, 1)
     rows_h, rows_w = triton.cdiv(height, phases[0]), triton.cdiv(width, phases[1])
-    vector, units, strides = in_units(channels, (a, y, added, norm_x, norm_y))
+    vector, units, strides = in_units(channels, (a, y, added, norm_x, norm_y), active=active)
     pixels = _block_pixels(vector, y.element_size(), joined=added is not None or norm is not None)
     tile_w = min(TILE, triton.next_power_of_2(rows_w))
     tile_h = min(TILE, triton.next_power_of_2(rows_h), pixels // tile_w)
@@ -348,6 +381,7 @@ def _correlate(
         tiles,
         units,
         *strides,
+        **by_width(views, active),
         **_correlation_constants(geometry, gradient, vector, pixels, activation),
         num_warps=WARPS,
     )
@@ -373,11 +407,13 @@ def _correlation_constants(
     }
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, active: Active | None = None
+) -> Tensor:
     """x [N, c, H, W], weight [C, 1, kh, kw], bias [C] -> [N, c, H', W'], channels_last."""
     y = x.new_empty(x.size(0), *geometry.output(x.shape[2:]), x.size(1)).movedim(-1, 1)
     if y.numel() > 0:
-        _correlate(as_rows(x), weight, y, bias, geometry, gradient=False)
+        _correlate(as_rows(x), weight, y, bias, geometry, gradient=False, active=active)
     return y
 
 
@@ -388,28 +424,35 @@ def input_gradient(
     geometry: Geometry,
     added: Tensor | None = None,
     norm: Norm | None = None,
+    active: Active | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(dX plus `added`, like x, channels_last; what `norm` needs of it, if x is its result), as in conv2d.py."""
     dx = new_rows(x)
     if dx.numel() == 0:
         return dx, None
     added = None if added is None else as_rows(added)
-    return dx, _correlate(as_rows(grad), weight, dx, None, geometry, gradient=True, added=added, norm=norm)
+    return dx, _correlate(
+        as_rows(grad), weight, dx, None, geometry, gradient=True, added=added, norm=norm, active=active
+    )
 
 
-def weight_gradient(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geometry) -> None:
+def weight_gradient(
+    grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geometry, active: Active | None = None
+) -> None:
     """Adds dW to the first c filters of the full `grad_weight` [C, 1, kh, kw], of any layout and dtype."""
     images, channels, height, width = grad.shape
-    pixels, (kh, kw) = images * height * width, geometry.kernel
+    widths = 1 if active is None else active.widths
+    pixels, (kh, kw) = images // widths * height * width, geometry.kernel
     if pixels == 0:
         return
     grad, x = as_rows(grad), as_rows(x)
-    vector, units, strides = in_units(channels, (grad, x))
+    vector, units, strides = in_units(channels, (grad, x), active=active)
     constants = _gradient_constants(geometry, vector, x.element_size())
     blocks_c = triton.cdiv(channels, BLOCK_C)
-    per_chunk, chunks = in_chunks(pixels, constants["BLOCK_PIXELS"], max(1, CHUNKS // (blocks_c * kh)))
-    partials = torch.empty(chunks, kh * kw, channels, dtype=torch.float32, device=x.device)
-    filter_sums_kernel[(chunks * blocks_c * kh,)](
+    per_chunk, chunks = in_chunks(pixels, constants["BLOCK_PIXELS"], max(1, CHUNKS // (blocks_c * kh * widths)))
+    partials = torch.empty(widths, chunks, kh * kw, channels, dtype=torch.float32, device=x.device)
+    of_widths = {"active_ptr": None if active is None else active.counts, "WIDTHS": widths}
+    filter_sums_kernel[(widths * chunks * blocks_c * kh,)](
         grad,
         x,
         partials,
@@ -420,12 +463,24 @@ def weight_gradient(grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Geom
         width,
         units,
         *strides,
+        **of_widths,
         **constants,
         num_warps=WARPS,
     )
     dw_out, _, dw_h, dw_w = grad_weight.stride()
     add_filters_kernel[(triton.cdiv(channels, STAGE2["BLOCK_C"]), kh * kw)](
-        partials, grad_weight, chunks, kh * kw, kw, channels, dw_out, dw_h, dw_w, **STAGE2, num_warps=WARPS
+        partials,
+        grad_weight,
+        chunks,
+        kh * kw,
+        kw,
+        channels,
+        dw_out,
+        dw_h,
+        dw_w,
+        **of_widths,
+        **STAGE2,
+        num_warps=WARPS,
     )
 
 
@@ -455,25 +510,29 @@ def binaries(capability: int) -> Iterator[Binary]:
         yield from _binaries(name, "bf16", 8)
     yield from _binaries("3x3", "fp32", 8)
     yield from _binaries("3x3", "bf16", 1)
-    yield Binary(
-        "depthwise add_filters",
-        add_filters_kernel,
-        {"partials_ptr": "*fp32", "dw_ptr": "*fp32"},
-        STAGE2,
-        warps=WARPS,
-        stages=3,
-        matrix=False,
-        narrow=None,
-    )
+    for name in ("3x3", "3x3/2"):
+        yield from _binaries(name, "bf16", 8, any_width=True)
+    for any_width in (False, True):
+        yield Binary(
+            f"depthwise add_filters{', any width' * any_width}",
+            add_filters_kernel,
+            {"partials_ptr": "*fp32", "dw_ptr": "*fp32", "active_ptr": "*i32"},
+            {**STAGE2, **({"WIDTHS": 2} if any_width else {"WIDTHS": 1, "active_ptr": None})},
+            warps=WARPS,
+            stages=3,
+            matrix=False,
+            narrow=None,
+        )
 
 
-def _binaries(name: str, dtype: str, vector: int) -> Iterator[Binary]:
+def _binaries(name: str, dtype: str, vector: int, any_width: bool = False) -> Iterator[Binary]:
     geometry = _GEOMETRIES[name]
-    kind = f"{name} {dtype}{'' if vector > 1 else ', any channels'}"
+    kind = f"{name} {dtype}{'' if vector > 1 else ', any channels'}{', any width' * any_width}"
     settings: dict[str, Any] = {"warps": WARPS, "stages": 3, "matrix": False, "narrow": 2 if vector > 1 else None}
     tensors = ("a_ptr", "y_ptr", "added_ptr", "norm_x_ptr", "norm_y_ptr")
     vectors = ("taps_ptr", "partials_ptr", "norm_weight_ptr", "norm_bias_ptr", "mean_ptr", "rstd_ptr")
-    types = {**dict.fromkeys(tensors, f"*{dtype}"), **dict.fromkeys(vectors, "*fp32")}
+    types = {**dict.fromkeys(tensors, f"*{dtype}"), **dict.fromkeys(vectors, "*fp32"), "active_ptr": "*i32"}
+    all_channels: dict[str, Any] = {} if any_width else {"active_ptr": None}
     epilogue = dict.fromkeys((*tensors[2:], *vectors[1:]))
     for kind_of, gradient, activation, unused in (
         ("forward", False, None, epilogue),
@@ -485,11 +544,15 @@ def _binaries(name: str, dtype: str, vector: int) -> Iterator[Binary]:
         pixels = _block_pixels(vector, DTYPES[dtype], joined)
         narrow = 16 if joined and vector > 1 else settings["narrow"]  # vectors of channels
         constants: dict[str, Any] = {
-            **_correlation_constants(geometry, gradient, vector, pixels, activation), "bias_ptr": None, **unused
+            **_correlation_constants(geometry, gradient, vector, pixels, activation),
+            **all_channels,
+            "VIEWS": 1 + any_width,
+            "bias_ptr": None,
+            **unused,
         }
         yield Binary(
             f"depthwise {kind_of} {kind}", correlation_kernel, types, constants, **{**settings, "narrow": narrow}
         )
-    types = {"grad_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "partials_ptr": "*fp32"}
-    constants = _gradient_constants(geometry, vector, DTYPES[dtype])
+    types = {"grad_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "partials_ptr": "*fp32", "active_ptr": "*i32"}
+    constants = {**_gradient_constants(geometry, vector, DTYPES[dtype]), **all_channels, "WIDTHS": 1 + any_width}
     yield Binary(f"depthwise dW {kind}", filter_sums_kernel, types, constants, **settings)

@@ -6,14 +6,33 @@ Of every channel there are two sums; those of a chunk are in a workspace, float3
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.triton import Binary
+from us3l_kernels.triton import Active, Binary
+
+
+@triton.jit
+def active_channels(channels, active_ptr, width, VECTOR: tl.constexpr):
+    """All of the channels; of the width of that index if their numbers are given in memory (`Active`), multiples of
+    VECTOR."""
+    if active_ptr is not None:
+        channels = tl.load(active_ptr + width) // VECTOR * VECTOR  # the compiler's proof
+    return channels
+
+
+@triton.jit
+def most_active_channels(channels, active_ptr, widths):
+    """Those of the widest width in a batch."""
+    if active_ptr is not None:
+        channels = tl.load(active_ptr)
+        for width in range(1, widths):
+            channels = tl.maximum(channels, tl.load(active_ptr + width))
+    return channels
 
 
 @triton.jit
@@ -58,16 +77,17 @@ def sums_for_norm(
     view,
     c,
     channels,
+    active,
     ok,
     ACTIVATION: tl.constexpr,
 ):
     """What the backward of a norm needs of a tile of its result's gradient, rows by channels, all of one view: the sums
     of g and of g * normalised x, g as its activation passes it. x, y: the norm's input, and its result as in `passed`.
     """
-    mean = tl.load(mean_ptr + view * channels + c, mask=c < channels, other=0.0)[None, :]
-    rstd = tl.load(rstd_ptr + view * channels + c, mask=c < channels, other=0.0)
-    scale = (rstd * load_vector(weight_ptr, c, channels, 1.0))[None, :]
-    bias = load_vector(bias_ptr, c, channels, 0.0)[None, :]
+    mean = tl.load(mean_ptr + view * channels + c, mask=c < active, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + view * channels + c, mask=c < active, other=0.0)
+    scale = (rstd * load_vector(weight_ptr, c, active, 1.0))[None, :]
+    bias = load_vector(bias_ptr, c, active, 0.0)[None, :]
     x = tl.load(x_ptr + x_offsets, mask=ok, other=0.0)
     centred = x.to(tl.float32) - mean
     g = passed(g, x, centred, scale, bias, y_ptr, y_offsets, ok, ACTIVATION)
@@ -75,10 +95,10 @@ def sums_for_norm(
 
 
 @triton.jit
-def load_partials(partials_ptr, view, first, chunks, c, channels, BLOCK_CHUNKS: tl.constexpr):
+def load_partials(partials_ptr, view, first, chunks, c, channels, active, BLOCK_CHUNKS: tl.constexpr):
     """Of BLOCK_CHUNKS chunks from the `first` on: both sums, zero past the last chunk, and which of them are there."""
     chunk = first + tl.arange(0, BLOCK_CHUNKS)
-    ok = (chunk < chunks)[:, None] & (c < channels)[None, :]
+    ok = (chunk < chunks)[:, None] & (c < active)[None, :]
     offsets = (view * chunks + chunk).to(tl.int64)[:, None] * (2 * channels) + c[None, :]
     sum0 = tl.load(partials_ptr + offsets, mask=ok, other=0.0)
     sum1 = tl.load(partials_ptr + offsets + channels, mask=ok, other=0.0)
@@ -95,18 +115,22 @@ def add_sums_kernel(
     chunks,
     views,
     channels,
+    active_ptr,
+    VIEWS: tl.constexpr,  # of a width
     BLOCK_CHUNKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_ok = c < channels
-    grad_weight = load_vector(grad_weight_ptr, c, channels, 0.0)
-    grad_bias = load_vector(grad_bias_ptr, c, channels, 0.0)
+    most = most_active_channels(channels, active_ptr, views // VIEWS)
+    c_ok = c < most
+    grad_weight = load_vector(grad_weight_ptr, c, most, 0.0)
+    grad_bias = load_vector(grad_bias_ptr, c, most, 0.0)
     for view in range(0, views):
+        active = active_channels(channels, active_ptr, view // VIEWS, 1)
         lanes_g = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
         lanes_gx = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
         for first in range(0, chunks, BLOCK_CHUNKS):
-            g, gx, _ = load_partials(partials_ptr, view, first, chunks, c, channels, BLOCK_CHUNKS)
+            g, gx, _ = load_partials(partials_ptr, view, first, chunks, c, channels, active, BLOCK_CHUNKS)
             lanes_g += g
             lanes_gx += gx
         sum_g = tl.sum(lanes_g, 0)
@@ -114,8 +138,8 @@ def add_sums_kernel(
         grad_bias += sum_g
         grad_weight += sum_gx
         if means_ptr is not None:
-            tl.store(means_ptr + view * 2 * channels + c, sum_g / rows, mask=c_ok)
-            tl.store(means_ptr + (view * 2 + 1) * channels + c, sum_gx / rows, mask=c_ok)
+            tl.store(means_ptr + view * 2 * channels + c, sum_g / rows, mask=c < active)
+            tl.store(means_ptr + (view * 2 + 1) * channels + c, sum_gx / rows, mask=c < active)
     if grad_weight_ptr is not None:
         tl.store(grad_weight_ptr + c, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=c_ok)
     if grad_bias_ptr is not None:
@@ -139,6 +163,13 @@ def partial_sums(chunks: int, channels: int, like: Tensor, views: int = 1) -> Te
     return torch.empty(views, chunks, 2, channels, dtype=torch.float32, device=like.device)
 
 
+def by_width(views: int, active: Active | None) -> dict[str, Any]:
+    """What kernels are given of active channels, and how many of the views in a batch have one width."""
+    if active is None:
+        return {"active_ptr": None, "VIEWS": 1}
+    return {"active_ptr": active.counts, "VIEWS": views // active.widths}
+
+
 class Moments(NamedTuple):
     """Of chunks of rows. partials: their means and sums of squared deviations. rows: of a chunk; a view's last has
     what is left."""
@@ -154,7 +185,12 @@ def in_chunks(rows: int, block: int, most: int) -> tuple[int, int]:
 
 
 def add_sums(
-    partials: Tensor, rows: int, grad_weight: Tensor | None, grad_bias: Tensor | None, means: Tensor | None = None
+    partials: Tensor,
+    rows: int,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    means: Tensor | None = None,
+    active: Active | None = None,
 ) -> None:
     """The second stage: adds sums of g and of g * normalised x to the gradients, and gives their means per view."""
     views, chunks, _, channels = partials.shape
@@ -168,6 +204,7 @@ def add_sums(
         chunks,
         views,
         channels,
+        **by_width(views, active),
         **tile,
         num_warps=WARPS,
     )
@@ -176,6 +213,12 @@ def add_sums(
 def binaries(capability: int) -> Iterator[Binary]:
     """What `add_sums` asks for."""
     pointers = ("partials_ptr", "means_ptr", "grad_weight_ptr", "grad_bias_ptr")
-    types = dict.fromkeys(pointers, "*fp32")
-    for name, tile in (("add_sums", STAGE2), ("add_sums of tiles", STAGE2_OF_TILES)):
-        yield Binary(name, add_sums_kernel, types, tile, warps=WARPS, stages=3, matrix=False, narrow=None)
+    types = {**dict.fromkeys(pointers, "*fp32"), "active_ptr": "*i32"}
+    all_channels = by_width(1, None)
+    for name, tile, counts in (
+        ("add_sums", STAGE2, all_channels),
+        ("add_sums of tiles", STAGE2_OF_TILES, all_channels),
+        ("add_sums of tiles, any width", STAGE2_OF_TILES, {"VIEWS": 2}),
+    ):
+        constants = {**tile, **counts}
+        yield Binary(name, add_sums_kernel, types, constants, warps=WARPS, stages=3, matrix=False, narrow=None)

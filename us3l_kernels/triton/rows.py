@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from us3l_kernels.layout import is_rows
+from us3l_kernels.triton import Active, units_of
 
 VECTOR = 8
 """Channels of one unit: 16 bytes in half precision."""
@@ -32,11 +33,15 @@ def new_rows(t: Tensor, channels: int = 1) -> Tensor:
     return t.new_empty_strided(t.shape, rows.stride())
 
 
-def in_units(channels: int, tensors: Sequence[Tensor | None], dimension: int = 1) -> tuple[int, int, list[int]]:
-    """(VECTOR, channels / VECTOR, row strides / VECTOR); VECTOR is 1 where 8 does not divide all of them.
+def in_units(
+    channels: int, tensors: Sequence[Tensor | None], dimension: int = 1, active: Active | None = None
+) -> tuple[int, int, list[int]]:
+    """(VECTOR, channels / VECTOR, row strides / VECTOR); VECTOR is 1 where 8 does not divide all of them, and whatever
+    number of channels is active.
 
     A kernel multiplies by VECTOR again: the compiler's proof that every row begins at a multiple of 16 bytes.
     """
     strides = [0 if t is None else row_stride(t, dimension) for t in tensors]
-    unit = 1 if any(size % VECTOR for size in (channels, *strides)) else VECTOR
+    sizes = (channels, *strides, *units_of(active))
+    unit = 1 if any(size % VECTOR for size in sizes) else VECTOR
     return unit, channels // unit, [stride // unit for stride in strides]

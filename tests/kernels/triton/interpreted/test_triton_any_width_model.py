@@ -1,0 +1,261 @@
+"""Networks that read their width from memory, interpreted: the ordinary passes of each width, by the same kernels.
+
+All memory that is not initialised is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import us3l_kernels
+from us3l.models.layers import ConvNorm, Layers
+from us3l.models.mobilenet_v2 import InvertedResidual
+from us3l.models.resnet import BasicBlock, Bottleneck, ResNet
+from us3l_kernels import gradients, use_width, views
+from us3l_kernels.any_width import AnyWidth
+from us3l_kernels.errors import BackendError
+from us3l_kernels.nn import SlicedBatchNorm1d, SlicedBatchNorm2d, SlicedConv2d, SlicedLayerNorm, SlicedLinear, SlicedQKV
+from us3l_kernels.packed import PackedWeights
+
+LAYERS = Layers()
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    with us3l_kernels.backend("triton"):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Mobile(nn.Sequential):
+    """As MobileNetV2: its last convolution keeps all of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            ConvNorm(LAYERS.conv(3, 16, 3, 2), LAYERS.norm(16, "relu6")),
+            InvertedResidual(16, 16, 1, 2, LAYERS),
+            ConvNorm(LAYERS.conv(16, 32, 1, slice_out=False), LAYERS.norm(32, "relu6")),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            SlicedLinear(32, 5, slice_out=False),
+        )
+
+
+class Plain(nn.Module):
+    """Layers that are called one by one: a convolution with bias, torch's functions, a norm behind a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = SlicedConv2d(3, 24, 3, padding=1)
+        self.pool = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
+        self.norm1 = SlicedBatchNorm2d(24, track_running_stats=False)
+        self.conv2 = SlicedConv2d(24, 24, 3, padding=1, groups=24)
+        self.hidden = SlicedLinear(24, 40)
+        self.norm2 = SlicedBatchNorm1d(40, track_running_stats=False, activation="relu", affine=False)
+        self.head = SlicedLinear(40, 5, slice_out=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.norm1(self.pool(self.conv1(x))))
+        return self.head(self.norm2(self.hidden(x.mean((2, 3)))))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "basic": lambda: ResNet(BasicBlock, [1, 1], LAYERS, stem="imagenet", num_classes=5, base_channels=16),
+    "one block": lambda: ResNet(BasicBlock, [1], LAYERS, stem="imagenet", num_classes=5, base_channels=16),
+    "bottleneck": lambda: ResNet(Bottleneck, [1], LAYERS, stem="small", num_classes=5, base_channels=16),
+    "mobile": Mobile,
+    "plain": Plain,
+}
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[name]().to(memory_format=torch.channels_last).train()
+
+
+def images(n: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 7, 6, generator=generator).to(memory_format=torch.channels_last)
+
+
+def passed(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The result of a pass, and all gradients: of a loss that weighs every result differently."""
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), views(2):
+        y = model(x).float()
+    (y * torch.linspace(-1, 1, 5)).cos().sum().backward()
+    return [y.detach(), x.grad, *[p.grad.clone() for p in model.parameters()]]
+
+
+def assert_alike(given: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """By norms, since the kernels are the same, but for their tiles."""
+    for a, b in zip(given, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm().clamp_min(1e-3), (a - b).norm() / b.norm()
+
+
+def fast(*names: str) -> list[Any]:
+    """All networks, the others as slow tests: the interpreter takes a second for each layer."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+
+
+def check_width(name: str, width: float) -> None:
+    model, x = network(name), images(4)
+    table = AnyWidth(model)
+    with use_width(model, width):
+        expected = passed(model, x)
+    table.set(width)
+    with table:
+        assert_alike(passed(model, x), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", fast("one block", "bottleneck", "mobile", "plain"))
+def test_passes_are_those_of_the_width(name: str) -> None:
+    check_width(name, 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("width", [0.25, 0.7, 1.0])
+def test_passes_are_those_of_other_widths(name: str, width: float) -> None:
+    check_width(name, width)
+
+
+@pytest.mark.parametrize("name", fast("plain"))
+def test_several_widths_in_one_pass(name: str) -> None:
+    """In half precision with packed weights, into attached gradients: they are the sums of those of the passes."""
+    model, widths = network(name), (1.0, 0.3, 0.6)
+    x = images(4 * len(widths))
+    parts, sums = [], []
+    for width, part in zip(widths, x.chunk(3), strict=True):
+        with use_width(model, width):
+            y, dx, *found = passed(model, part, torch.float16)
+        parts.append((y, dx))
+        sums.append(found)
+    expected = [torch.cat([y for y, _ in parts]), torch.cat([dx for _, dx in parts])]
+    expected += [torch.stack(each).sum(0) for each in zip(*sums, strict=True)]
+    table = AnyWidth(model, widths=3)
+    table.set(*widths)
+    with PackedWeights(gradients.attach(model)), table:
+        given = passed(model, x, torch.float16)
+    given[2:] = [p.grad for p in model.parameters()]
+    assert_alike(given, expected, 1e-2)
+
+
+def test_a_plan_of_widths() -> None:
+    model, x = network("one block"), images(4)
+    table, plan = AnyWidth(model), {"": 0.5, "layer1.0.conv1": 1.0}
+    with use_width(model, plan), torch.no_grad():
+        expected = model(x)
+    table.set(plan)
+    with table, torch.no_grad():
+        assert_alike([model(x)], [expected], 1e-5)
+    with pytest.raises(ValueError, match="breaks a residual sum"):
+        table.set({"layer1.0.conv2": 0.5})
+    del model.residual_sums  # it was seen in the pass
+    with pytest.raises(ValueError, match=r"a sum of conv1 \(\[16\] channels\) and layer1.0.conv2 \(\[8\] channels\)"):
+        table.set({"layer1.0.conv2": 0.5})
+
+
+def test_features_that_are_sliced() -> None:
+    model = network("one block")
+    model.fc = nn.Identity()
+    with use_width(model, 0.5), torch.no_grad():
+        expected = model(images(4))
+    table = AnyWidth(model)
+    table.set(0.5)
+    with table, torch.no_grad():
+        features = model(images(4))
+        assert features.shape == (4, 16)
+        (given,) = table.active_prefix(features)
+    assert_alike([given], [expected], 1e-5)
+    assert expected.shape == (4, 8)
+
+
+def test_functions_that_would_see_more_raise() -> None:
+    conv = SlicedConv2d(3, 16, 1)
+    with AnyWidth(conv):
+        y = conv(images(2))
+        functions = (y.sum, y.mean, lambda: torch.cat([y, y]), lambda: y + y, lambda: y.mean((0, 2)), lambda: y[0])
+        for function in functions:
+            with pytest.raises(ValueError, match=r"would see what lies behind the active channels of \(2, 16, 7, 6\)"):
+                function()
+        with pytest.raises(ValueError, match="is not of the model whose widths are read"):
+            SlicedConv2d(16, 8, 1)(y)
+        with pytest.raises(ValueError, match="would see what lies behind"):
+            nn.Conv2d(16, 8, 1)(y)
+        assert torch.cat([images(2)] * 2).sum().isfinite()
+    with pytest.raises(ValueError, match="of the full width"), AnyWidth(pair := Plain()):
+        pair.norm1(pair.conv1(images(2)), torch.zeros(2, 24, 7, 6))
+
+
+@pytest.mark.parametrize(
+    "layer,error",
+    [
+        (SlicedBatchNorm2d(16), "running statistics are of one width"),
+        (SlicedBatchNorm2d(16, track_running_stats=False, sync=True), "its statistics are synchronised"),
+        (SlicedLayerNorm(16), "SlicedLayerNorm takes them from the host"),
+        (Layers(widths=(1.0, 0.5)).norm(16), "SwitchableBatchNorm2d takes them from the host"),
+        (SlicedConv2d(16, 16, 1, groups=4), "groups are taken from the host"),
+        (SlicedLinear(16, 16, slice_in=True), "slice_in takes them from the host"),
+        (SlicedQKV(16, 2), "SlicedQKV takes them from the host"),
+    ],
+)
+def test_layers_that_cannot_are_named(layer: nn.Module, error: str) -> None:
+    with pytest.raises(ValueError, match=f"any width: '1' cannot read its channels from the device: .*{error}"):
+        AnyWidth(nn.Sequential(SlicedConv2d(3, 16, 1), layer))
+
+
+@pytest.mark.parametrize(
+    "change,error",
+    [
+        (lambda model: model.norm1.register_forward_hook(lambda *_: None), "'norm1' .*: it has hooks"),
+        (lambda model: model.eval(), "'norm1' .*: evaluation and calibration"),
+        (lambda model: model.double(), "'conv1' .*: it is of float64"),
+    ],
+)
+def test_what_they_become_is_seen_by_the_next_pass(change: Callable[[Any], Any], error: str) -> None:
+    model = network("plain")
+    table = AnyWidth(model)
+    change(model)
+    with pytest.raises(ValueError, match=error), table:
+        pass
+    with pytest.raises(ValueError, match=error):
+        AnyWidth(model)
+
+
+def test_bad_use_is_refused() -> None:
+    model = network("plain")
+    with us3l_kernels.backend("batch_norm=aten"), pytest.raises(BackendError, match="batch_norm on backend 'triton'"):
+        AnyWidth(model)
+    with pytest.raises(ValueError, match="has none"):
+        AnyWidth(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="widths: expected an integer >= 1, got 0"):
+        AnyWidth(model, widths=0)
+    table = AnyWidth(model, widths=2)
+    with pytest.raises(ValueError, match="widths: expected 2, got 1"):
+        table.set(0.5)
+    with pytest.raises(ValueError, match=r"a number in \(0, 1\], got 2"):
+        table.set(0.5, 2)
+    with table, pytest.raises(ValueError, match="'conv1' expects a batch of 2 widths, got 3 samples"):
+        model(images(3))
+    with table, torch.no_grad():
+        y = model(images(4))
+    assert y.isfinite().all()
+
+
+def test_widths_must_not_change_before_the_backward() -> None:
+    for conv in (SlicedConv2d(3, 16, 1), ConvNorm(LAYERS.conv(3, 16, 1), LAYERS.norm(16))):
+        table = AnyWidth(conv)
+        with table:
+            y = conv(images(4)).mean((2, 3))
+        table.set(0.5)
+        with pytest.raises(RuntimeError, match="set anew between a forward and its backward"):
+            y.sum().backward()
