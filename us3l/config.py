@@ -159,7 +159,7 @@ class TrainConfig:
     epochs: int = _number(100, least=1)
     step: str = _one_of("joint", "per_width")  # one update per iteration, or (as published) one after every width
     amp: str = _one_of("none", "bf16", "fp16")  # fp16 with a gradient scaler
-    graphs: str = _one_of("auto", "true", "false")  # CUDA graphs, one for each width; auto: where they can be
+    graphs: str = _one_of("auto", "true", "false", "one")  # CUDA graphs, for each width or one; auto: where they can be
     accumulate: int = _number(1, least=1)  # parts of a batch, one by one, with less memory: their gradients add up
     sync_norms: bool = False  # batch norms of several processes take their statistics together
     max_skipped: int = _number(10, least=0)  # updates in a row whose gradient is not finite; one more ends the run

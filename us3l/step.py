@@ -21,6 +21,8 @@ from us3l.errors import ConfigError, TrainingError
 from us3l.methods import Method
 from us3l.schedule import parameter_groups, set_group_regularisation
 from us3l_kernels import gradients
+from us3l_kernels.any_width import AnyWidth
+from us3l_kernels.errors import BackendError
 from us3l_kernels.nn.batch_norm import SlicedBatchNorm, synchronise
 from us3l_kernels.optim import LARS, SGD, AdamW
 from us3l_kernels.plans import CudaGraphs, Plans
@@ -62,6 +64,7 @@ class TrainStep:
         with nullcontext() if graphs is None else graphs.stream():
             self.gradients = gradients.attach(method)
         self.plans = Plans(self.gradients, capture=graphs) if self.device.type == "cuda" else None
+        self.any_width = one_for_all_widths(method) if config.train.graphs == "one" else None
         self._norms = [module for module in method.modules() if isinstance(module, SlicedBatchNorm)]
         self._modules = list(method.modules())
         self._channels = lru_cache(maxsize=1024)(self._channels_at)
@@ -121,13 +124,15 @@ class TrainStep:
     def _targets(self, images: Tensor, width: float) -> Tensor | None:
         """Of the teacher, if there is one."""
 
+        # A distilling teacher runs at one width, whatever the student's is.
+        reading = nullcontext() if self.method.distils else self._reading(width)
+
         def work(images: Tensor) -> tuple[Tensor | None]:
-            with self.autocast():
+            with self.autocast(), reading:
                 return (self.method.targets(images, width=width),)
 
         if self.plans is None or self.method.config.target == "live":
             return work(images)[0]
-        # A distilling teacher runs at one width, whatever the student's is.
         return self._planned(("targets", None if self.method.distils else self._channels(width)), work, images)[0]
 
     def _pass(
@@ -135,8 +140,10 @@ class TrainStep:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Forward and backward of one width: its loss, its projections, and the targets of those that follow."""
 
+        reading = self._reading(width)
+
         def work(images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            with self.autocast():
+            with self.autocast(), reading:
                 loss, projection, targets = self.method(images, width=width, full=full, targets=targets)
             self.scaler.scale(loss / self.config.train.accumulate).backward()
             return loss.detach(), projection, targets
@@ -145,6 +152,13 @@ class TrainStep:
             return work(images, targets)
         return self._planned(("pass", self._channels(width), full), work, images, targets)
 
+    def _reading(self, width: float) -> AbstractContextManager[object]:
+        """Where a pass runs that reads its width from the device, which is set to this one."""
+        if self.any_width is None:
+            return nullcontext()
+        self.any_width.set(width)
+        return self.any_width
+
     def _planned(self, key: Hashable, work: Callable[..., Any], *inputs: Tensor | None) -> Any:
         assert self.plans is not None
         for norm in self._norms:
@@ -152,7 +166,9 @@ class TrainStep:
         return self.plans.run((key, tuple([module.training for module in self._modules])), work, *inputs)
 
     def _channels_at(self, width: float) -> Hashable:
-        """Equal for widths that make the same network of the student."""
+        """Equal for widths that make the same network of the student, or are served by the same pass."""
+        if self.any_width is not None:
+            return None
         set_width(self.method.encoder_q, width)
         return plan_key(self.method.encoder_q)
 
@@ -228,12 +244,12 @@ class TrainStep:
 def use_graphs(config: Config, method: Method, device: torch.device) -> bool:
     """Whether the passes of a width are to be CUDA graphs.
 
-    Raises ConfigError where they cannot be, and `train.graphs` is true.
+    Raises ConfigError where they cannot be, and `train.graphs` is true, or one for all widths.
     """
     wanted = config.train.graphs
     reason = why_no_graphs(method, device)
-    if reason is not None and wanted == "true":
-        raise ConfigError(f"train.graphs=true: {reason}")
+    if reason is not None and wanted in ("true", "one"):
+        raise ConfigError(f"train.graphs={wanted}: {reason}")
     own = type(method).__module__.startswith("us3l.")
     if reason is None and not own and wanted == "auto":
         reason = (
@@ -255,6 +271,17 @@ def why_no_graphs(method: Method, device: torch.device) -> str | None:
     if method.feature_distillation is not None:
         return "the features that method.feature_weight distils pass from one width to the next outside of the graphs"
     return None
+
+
+def one_for_all_widths(method: Method) -> AnyWidth:
+    """The channels of the passes of a width, for kernels to read, so that one graph serves all widths.
+
+    Raises ConfigError for a network that cannot be run so.
+    """
+    try:
+        return AnyWidth(method)
+    except (ValueError, BackendError) as error:
+        raise ConfigError(f"train.graphs=one: {error}") from error
 
 
 def make_optimizer(config: OptimizerConfig, method: Method, groups: int) -> SGD | LARS | AdamW:

@@ -152,10 +152,12 @@ def test_where_graphs_are_used(caplog: pytest.LogCaptureFixture) -> None:
         use_graphs(*features, cuda)
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", "true"), ("false", "false"), ("auto", "auto"), ("True", "true")])
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", "true"), ("false", "false"), ("auto", "auto"), ("one", "one"), ("True", "true")]
+)
 def test_yaml_words(text: str, value: str) -> None:
     assert tiny(f"train.graphs={text}").train.graphs == value
-    with pytest.raises(ConfigError, match="train.graphs: expected one of auto, true, false, got 'maybe'"):
+    with pytest.raises(ConfigError, match="train.graphs: expected one of auto, true, false, one, got 'maybe'"):
         tiny("train.graphs=maybe")
 
 

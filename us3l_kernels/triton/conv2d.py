@@ -331,7 +331,7 @@ def weight_gradient_kernel(
     if WIDTHS > 1:
         pieces = tl.cdiv(rows, rows_of_piece)
         width = piece // pieces
-        piece = piece % pieces
+        piece -= width * pieces
     out_size = active_channels(out_full, out_active_ptr, width, VECTOR)
     in_size = active_channels(in_full, in_active_ptr, width, VECTOR)
     out = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -340,9 +340,9 @@ def weight_gradient_kernel(
     if FLAT:
         tap = column // in_full
         channel = column % in_full
-        channel_ok = tap < KH * KW
         if in_active_ptr is not None:
-            channel_ok = channel_ok & (channel < in_size)
+            tap = tl.where(channel < in_size, tap, KH * KW)
+        channel_ok = tap < KH * KW
     else:
         tiles = tl.cdiv(in_full, BLOCK_N)
         tap = tl.program_id(1) // tiles
