@@ -126,7 +126,7 @@ def product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    k_size = k_units * VECTOR
+    k_full = k_units * VECTOR
     n_full = n_units * VECTOR
     tiles_n = tl.cdiv(n_full, BLOCK_N)
     tile_m = tl.program_id(0) // tiles_n  # neighbours share pixels, which then come from the L2 cache
@@ -134,7 +134,7 @@ def product_kernel(
     n_ok = n < n_full
     view = tile_m // tiles_per_view
     tile = tile_m - view * tiles_per_view
-    k_size = active_channels(k_size, k_active_ptr, view // VIEWS, VECTOR)
+    k_size = active_channels(k_full, k_active_ptr, view // VIEWS, VECTOR)
     n_size = active_channels(n_full, n_active_ptr, view // VIEWS, VECTOR)
     if n_active_ptr is not None:
         n_ok = n < n_size
@@ -186,15 +186,17 @@ def product_kernel(
     blocks_k = tl.cdiv(k_size, BLOCK_K)
     blocks = taps_h * taps_w * blocks_k
     if FLAT:
-        blocks = tl.cdiv(taps_h * taps_w * k_size, BLOCK_K)
+        blocks = tl.cdiv(taps_h * taps_w * k_full, BLOCK_K)
     if n_active_ptr is not None:
         blocks = tl.where(tl.program_id(0) % tiles_n * BLOCK_N < n_size, blocks, 0)  # none of the channels are active
     for block in range(0, blocks):  # one loop over taps and channels: the pipeline is never drained
         if FLAT:
             flat = block * BLOCK_K + k_range
-            tap = flat // k_size
-            k = flat % k_size
+            tap = flat // k_full
+            k = flat % k_full
             k_ok = tap < taps_h * taps_w
+            if k_active_ptr is not None:
+                k_ok = k_ok & (k < k_size)
         else:
             tap = block // blocks_k
             first_k = (block - tap * blocks_k) * BLOCK_K
@@ -488,7 +490,7 @@ PRODUCT_TILES = {
     "any": (Tile(64, 64, 32, 8),),
     "any ieee": (Tile(64, 32, 16, 4, capability=100), Tile(64, 64, 16, 8)),
 }
-# Of dX with an epilogue, which needs registers for what it reads.
+# Of dX with an epilogue, which needs registers for what it reads, and of dX for any width.
 JOINED_TILES = {
     "half": (Tile(128, 64, 64, 8, channels=64), Tile(128, 128, 64, 8)),
     "tf32": (Tile(64, 64, 32, 8),),
@@ -682,7 +684,7 @@ def _product(
     phases = stride_h * stride_w
     gpu = device(a.device.index)
     most = 1 << 31 if views is None else COLUMNS_WITH_STATISTICS
-    joined = added is not None or norm is not None
+    joined = added is not None or norm is not None or (gradient and sizes is not None)
     tile = _tile(JOINED_TILES if joined else PRODUCT_TILES, precision, vector, n_size, gpu.capability, most)
     few = parts * phases * triton.cdiv(rows, tile.m) * triton.cdiv(n_size, tile.n) < gpu.multiprocessors
     if few or (joined and _is_flat(geometry, k_size, tile.k)):  # which spills with larger tiles
@@ -963,23 +965,7 @@ def binaries(capability: int) -> Iterator[Binary]:
             of_norm = {"added": True, "norm": "x", "activation": "relu6"}
             yield product("3x3", of_dx, precision, dtype, dx=True, flat=flat, vector=1, **of_norm)
             yield gradient("3x3", of_gradient, precision, dtype, flat=flat, vector=1)
-    tile, joined, of_gradient = PRODUCT_TILES["half"][1], JOINED_TILES["half"][1], GRADIENT_TILES["half"][1]
-    for geometry in _GEOMETRIES:
-        for dx in (False, True):
-            yield product(geometry, tile, "half", "bf16", dx=dx, statistics=not dx, any_width=True)
-        yield gradient(geometry, of_gradient, "half", "bf16", any_width=True)
-    for dx in (False, True):
-        yield product("3x3", narrow, "half", "bf16", dx=dx, statistics=not dx, flat=True, any_width=True)
-    yield gradient("3x3", narrow_of_gradient, "half", "bf16", flat=True, any_width=True)
-    for norm in ("x", "y"):
-        of_norm = {"added": True, "norm": norm, "activation": "relu6"}
-        yield product("3x3", joined, "half", "bf16", dx=True, any_width=True, **of_norm)
-    for precision, vector in (("tf32", 8), ("tf32", 1)):
-        tables = (PRODUCT_TILES, JOINED_TILES, GRADIENT_TILES)
-        tile, of_dx, of_gradient = (_tile(table, precision, vector, 128, capability) for table in tables)
-        yield product("3x3", tile, precision, "fp32", statistics=True, vector=vector, any_width=True)
-        yield product("3x3", of_dx, precision, "fp32", dx=True, vector=vector, any_width=True, **of_norm)
-        yield gradient("3x3", of_gradient, precision, "fp32", vector=vector, any_width=True)
+    yield from _for_any_width(capability)
     for any_width in (False, True):
         for dtype in ("fp32",) if any_width else DTYPES:
             for vector, innermost in ((8, True), (1, True), (1, False)):
@@ -999,6 +985,42 @@ def binaries(capability: int) -> Iterator[Binary]:
                     matrix=False,
                     narrow=4 * any_width if vector > 1 else None,
                 )
+
+
+def _for_any_width(capability: int) -> Iterator[Binary]:
+    """Of those that read the numbers of active channels: every tile and geometry in bfloat16, and some in float32."""
+
+    def product(geometry: str, tile: Tile, precision: str = "half", dtype: str = "bf16", **options: Any) -> Binary:
+        return _product_binary(capability, geometry, tile, precision, dtype, any_width=True, **options)
+
+    def gradient(geometry: str, tile: Tile, precision: str = "half", dtype: str = "bf16", **options: Any) -> Binary:
+        return _gradient_binary(capability, geometry, tile, precision, dtype, any_width=True, **options)
+
+    of_norm: dict[str, Any] = {"added": True, "norm": "y", "activation": "relu6"}
+    few = FEW_ROWS["half"]
+    for tile in (*PRODUCT_TILES["half"], few):
+        if capability >= tile.capability:
+            yield product("3x3", tile, statistics=tile.n <= COLUMNS_WITH_STATISTICS)
+    for tile in (*JOINED_TILES["half"], few):
+        yield product("3x3", tile, dx=True)
+        for norm in ("x", "y"):
+            yield product("3x3", tile, dx=True, **{**of_norm, "norm": norm})
+    for tile in GRADIENT_TILES["half"]:
+        yield gradient("3x3", tile)
+    for geometry in ("1x1", "1x1/2", "3x3/2", "7x7/2"):
+        yield product(geometry, PRODUCT_TILES["half"][1], statistics=True)
+        yield product(geometry, JOINED_TILES["half"][1], dx=True)
+        yield gradient(geometry, GRADIENT_TILES["half"][1])
+    yield product("3x3", PRODUCT_TILES["half"][0], statistics=True, flat=True)
+    yield product("3x3", few, dx=True, flat=True)
+    yield product("3x3", few, dx=True, flat=True, **of_norm)
+    yield gradient("3x3", GRADIENT_TILES["half"][0], flat=True)
+    for vector in (8, 1):
+        tables = (PRODUCT_TILES, JOINED_TILES, GRADIENT_TILES)
+        tile, of_dx, of_gradient = (_tile(table, "tf32", vector, 128, capability) for table in tables)
+        yield product("3x3", tile, "tf32", "fp32", statistics=True, vector=vector)
+        yield product("3x3", of_dx, "tf32", "fp32", dx=True, vector=vector, **of_norm)
+        yield gradient("3x3", of_gradient, "tf32", "fp32", vector=vector)
 
 
 _ANY = ", any channels"

@@ -77,7 +77,7 @@ def train(config: Config, small: bool, in_one: bool) -> tuple[list[Tensor], Trai
         *(
             pytest.param(overrides, small, marks=pytest.mark.slow)
             for overrides, small in (
-                ([], False),
+                (["model.stem=cifar"], False),
                 (["method.distillation=none"], True),
                 (["train.step=per_width", "method.name=byol"], True),
                 (["method.name=simsiam", "method.target=live", "method.base_loss=cosine"], True),
@@ -88,7 +88,7 @@ def train(config: Config, small: bool, in_one: bool) -> tuple[list[Tensor], Trai
 )
 def test_steps_are_those_of_passes_for_each_width(overrides: list[str], small: bool) -> None:
     config = load(None, [*TINY, *overrides])
-    with us3l_kernels.backend("aten"):
+    with us3l_kernels.backend("aten" if small else "triton"):  # of few pixels roundings grow
         expected, _ = train(config, small, in_one=False)
     given, step = train(config, small, in_one=True)
     for a, b in zip(given, expected, strict=True):
