@@ -32,14 +32,17 @@ from benchmarks.ops import cases as layer_cases
 from benchmarks.rivals import Conv2d, Settings, initial_weights
 from us3l.config import Config, MethodConfig, ModelConfig, SamplerConfig, TrainConfig
 from us3l.methods import build_method
+from us3l.models import build_model
 from us3l.models.layers import Layers
 from us3l.models.mobilenet_v2 import InvertedResidual
 from us3l.models.resnet import BasicBlock, Bottleneck
 from us3l.step import TrainStep, why_no_graphs
 from us3l_kernels import _native, functional, gradients, optim, packed
+from us3l_kernels.any_width import AnyWidth
 from us3l_kernels.backends import BACKENDS, measured
 from us3l_kernels.errors import BackendError
 from us3l_kernels.optim import kernels
+from us3l_kernels.plans import CudaGraphs, Plans
 from us3l_kernels.reference import active_conv_weight
 from us3l_kernels.tune import tune
 from us3l_kernels.width import active_channels
@@ -1070,6 +1073,106 @@ def random_widths(setup: Setup) -> Iterator[Item]:
     yield f"random widths {name}", partial(run, *arguments)
 
 
+def one_graph(setup: Setup) -> Iterator[Item]:
+    """Passes that read their width from the device, beside a graph for each width: their gradients are compared first.
+    Then steps at a new random width each, in which captures count."""
+
+    def passes(model: str, stem: str, size: int, batch: int) -> dict[str, Any]:
+        # On a CPU, where kernels may be interpreted, they do not take bfloat16.
+        dtype = torch.float32 if setup.smoke else torch.bfloat16
+        torch.manual_seed(0)
+        network = build_model(model, stem=stem, num_classes=10).to(setup.device).to(memory_format=torch.channels_last)
+        network.train()
+        images = torch.randn(2 * batch, 3, size, size, device=setup.device).to(memory_format=torch.channels_last)
+        batches = torch.cat([images] * len(WIDTHS))
+        capture = CudaGraphs(setup.device) if setup.device.type == "cuda" else None
+        with nullcontext() if capture is None else capture.stream():
+            buffer = gradients.attach(network)
+        plans = Plans(buffer, capture=capture)
+
+        def work(context: AbstractContextManager[object], images: Tensor) -> tuple[Tensor]:
+            precision = torch.autocast(setup.device.type, dtype, enabled=dtype != torch.float32)
+            with context, precision, us3l_kernels.views(2):
+                loss = network(images).float().logsumexp(1).sum() / batch
+            loss.backward()
+            return (loss.detach(),)
+
+        def graph_per_width(_: int) -> None:
+            for width in WIDTHS:
+                plans.run(width, partial(work, us3l_kernels.use_width(network, width)), images)
+
+        tables = {name: AnyWidth(network, widths=count) for name, count in (("one", 1), ("together", len(WIDTHS)))}
+
+        def one_graph(_: int) -> None:
+            for width in WIDTHS:
+                tables["one"].set(width)
+                plans.run("one", partial(work, tables["one"]), images)
+
+        def one_pass(_: int) -> None:
+            tables["together"].set(*WIDTHS)
+            plans.run("together", partial(work, tables["together"]), batches)
+
+        sides = {"a graph per width": graph_per_width, "one graph": one_graph, "all in one pass": one_pass}
+        found: dict[str, Tensor] = {}
+        errors: dict[str, str] = {}
+        with plans.stream():
+            for name, side in list(sides.items()):
+                try:
+                    side(0)
+                    buffer.zero_()
+                    side(1)
+                    found[name] = buffer.flat.clone()
+                except Exception as error:  # that of the side: the others are measured
+                    errors[name] = f"{type(error).__name__}: {error}"
+                    del sides[name]
+                buffer.zero_()
+            of_widths = next(iter(found.values()))
+            differences = {name: ((each - of_widths).norm() / of_widths.norm()).item() for name, each in found.items()}
+            if max(differences.values()) > 0.1:
+                raise harness.Mismatch(f"the gradients differ: {differences}")
+            samples = harness.interleave(
+                sides,
+                rounds=1 if setup.smoke else 15,
+                warmup=0 if setup.smoke else 1,
+                synchronise=setup.synchronise,
+            )
+        report = harness.summarise(samples, subject=next(iter(sides)))
+        return {"median_ms": report["median_ms"], "ratios": report["ratios"], "differences": differences} | (
+            {"errors": errors} if errors else {}
+        )
+
+    def random_steps(model: str, stem: str, size: int, batch: int) -> dict[str, Any]:
+        drawn = torch.rand(2 if setup.smoke else 60, generator=torch.Generator().manual_seed(0)).mul(0.75).add(0.25)
+        result: dict[str, Any] = {"ms": {}, "graphs": {}}
+        for mode in ("true", "one"):
+            config = _trainer_config(setup, graphs=mode)
+            config.model = ModelConfig(name=model, stem=stem, in_channels=3)
+            method = build_method(config).to(setup.device).to(memory_format=torch.channels_last).train()
+            train = TrainStep(config, method)
+            images = torch.randn(2 * batch, 3, size, size, device=setup.device).to(memory_format=torch.channels_last)
+            ms = []
+            for middle in drawn.tolist():
+                step_of = partial(train, images, [1.0, middle, 0.25], lr=1e-4, alpha=0.0)
+                (taken,) = harness.interleave(
+                    {"": lambda _, step_of=step_of: step_of()}, rounds=1, warmup=0, synchronise=setup.synchronise
+                )[""]
+                ms.append(taken * 1e3)
+            result["ms"][mode] = ms
+            result["graphs"][mode] = 0 if train.plans is None else train.plans.graphs
+        return result
+
+    reason = BACKENDS["triton"].unavailable()
+    cases = {"tiny": ("resnet_tiny", "cifar", 8, 2)} if setup.smoke else {
+        "resnet18 32px b128": ("resnet18", "cifar", 32, 128),
+        "resnet50 224px b32": ("resnet50", "imagenet", 224, 32),
+    }  # fmt: skip
+    for name, arguments in cases.items():
+        for kind, run in (("passes", passes), ("steps at random widths", random_steps)):
+            graphs_only = "CUDA graphs are for GPUs" if run is random_steps and setup.device.type != "cuda" else None
+            skipped = reason or graphs_only
+            yield f"{kind} {name}", partial(dict, skipped=skipped) if skipped else partial(run, *arguments)
+
+
 SECTIONS: dict[int, dict[str, tuple[Callable[[Setup], Iterator[Item]], float]]] = {
     1: {
         "machine": (machine, 0.1),
@@ -1086,7 +1189,8 @@ SECTIONS: dict[int, dict[str, tuple[Callable[[Setup], Iterator[Item]], float]]] 
         "updates": (updates, 0.04),
         "tuning": (tuning, 0.14),
         "capture": (capture, 0.1),
-        "steps": (steps, 0.46),
+        "one graph": (one_graph, 0.08),
+        "steps": (steps, 0.38),
         "random widths": (random_widths, 0.1),
     },
 }

@@ -17,7 +17,7 @@ from benchmarks import gpu_sections, gpu_suite, tables
 from benchmarks.gpu_sections import SECTIONS, Item, Setup
 from us3l_kernels.backends import BACKENDS
 
-FAST = ("machine", "linear layers", "convolutions", "norms", "blocks", "packing", "updates", "sanitizer")
+FAST = ("machine", "linear layers", "convolutions", "norms", "blocks", "packing", "updates", "sanitizer", "one graph")
 ALL = [(part, name) for part, sections in SECTIONS.items() for name in sections]
 
 

@@ -26,7 +26,11 @@ TYPICAL = (
     "batch norm sums +relu6 +residual bf16 64x64",
     "depthwise forward 3x3 bf16",
 )
-WITH_TMA = "TMA forward 1x1 +bias bf16 128x128x64"
+OF_H100 = (
+    "TMA forward 1x1 +bias bf16 128x128x64",
+    "dX 3x3 +added +sums by y, relu6, any width bf16 128x128x64",
+    "dW 3x3, any width bf16 128x128x64",
+)
 MORE_REGISTERS = 8  # than were recorded for this version of Triton
 TABLES = sorted(static.RESULTS.glob("*.json"))
 
@@ -50,7 +54,8 @@ def check(binary: static.Binary, capability: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name,capability", [*((name, capability) for capability in (80, 90) for name in TYPICAL), (WITH_TMA, 90)]
+    "name,capability",
+    [*((name, capability) for capability in (80, 90) for name in TYPICAL), *((name, 90) for name in OF_H100)],
 )
 def test_typical_binaries(name, capability):
     check(next(b for b in static.binaries(capability) if b.name == name), capability)
