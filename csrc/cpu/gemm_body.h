@@ -15,9 +15,12 @@ constexpr int kMaxRows[] = {LANES == 16 ? 14 : 12, LANES == 16 ? 14 : 6, 9, 6};
 
 // R rows of N panels, the last of which may be a half one: with 8 channels more than a multiple of 16 a whole one would
 // waste up to half of the work. Sums start at zero whether or not they are added to c: sums of sums lose less.
+//
+// What changes from block to block comes in registers: a structure with a field that was just written would be copied only
+// after the results before it are in the cache, for such a copy is no load of one store.
 template <int R, int N, bool kHalf>
-void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64_t c_row, bool add,
-                    Ahead::Lines ahead) {
+void multiply_block(std::int64_t depth, const float* rows, const Matrix& a, const Panels& b, float* c,
+                    std::int64_t c_row, bool add, Ahead::Lines ahead) {
   constexpr int kBases = (R + 2) / 3;  // an address each for three rows: base, + row, + 2 row
   constexpr int kWhole = kHalf ? N - 1 : N, kLast = LANES / 2;
   using Vector = Float<LANES>;
@@ -37,16 +40,17 @@ void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64
   }
   const float* base[kBases];
   US3L_UNROLL
-  for (int i = 0; i < kBases; ++i) base[i] = a.data + 3 * i * a.row;
+  for (int i = 0; i < kBases; ++i) base[i] = rows + 3 * i * a.row;
+  const float* panel = b.data;
   const std::int64_t run = a.run > 0 ? a.run : depth, jump = a.next - run * a.column;
   for (std::int64_t runs = depth; runs > 0; runs -= run) {
     for (std::int64_t k = 0; k < run; ++k) {
       Vector right[N];
       Last last_right;
       US3L_UNROLL
-      for (int n = 0; n < kWhole; ++n) right[n] = load<LANES>(b.data + n * b.panel);
-      if constexpr (kHalf) last_right = load<kLast>(b.data + kWhole * b.panel);
-      b.data += b.row;
+      for (int n = 0; n < kWhole; ++n) right[n] = load<LANES>(panel + n * b.panel);
+      if constexpr (kHalf) last_right = load<kLast>(panel + kWhole * b.panel);
+      panel += b.row;
       __builtin_prefetch(reinterpret_cast<const void*>(ahead.at), 0, 2);
       ahead.at += ahead.step;
       US3L_UNROLL
@@ -76,7 +80,8 @@ void multiply_block(std::int64_t depth, Matrix a, Panels b, float* c, std::int64
   }
 }
 
-using MultiplyBlock = void (*)(std::int64_t, Matrix, Panels, float*, std::int64_t, bool, Ahead::Lines);
+using MultiplyBlock = void (*)(std::int64_t, const float*, const Matrix&, const Panels&, float*, std::int64_t, bool,
+                               Ahead::Lines);
 
 template <int N, bool kHalf>
 MultiplyBlock block_of(std::int64_t rows) {
@@ -127,12 +132,12 @@ void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matri
       const std::int64_t taller = rows - height * blocks;
       const auto of = i + 1 == bands && halves % 2 == 1 ? block_of<true> : block_of<false>;
       const MultiplyBlock block = of(height, width), taller_block = of(height + 1, width);
-      Matrix left{a.data + first * next, a.row, a.column, a.run, a.next};
+      const float* from = a.data + first * next;
       float* to = c + p * LANES;
       for (std::int64_t j = 0; j < blocks; ++j) {
         const std::int64_t r = height + (j < taller);
-        (j < taller ? taller_block : block)(length, left, right, to, c_row, add || cut > 0, ahead.next(length, to));
-        left.data += r * a.row;
+        (j < taller ? taller_block : block)(length, from, a, right, to, c_row, add || cut > 0, ahead.next(length, to));
+        from += r * a.row;
         to += r * c_row;
       }
     }
