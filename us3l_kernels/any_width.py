@@ -86,6 +86,9 @@ class AnyWidth:
             raise ValueError(f"widths: expected {self.widths}, got {len(widths)}")
         of_layers = [widths_of_layers(self.model, width) for width in widths]
         counts = [[layer.channels_at(of[layer]) for of in of_layers] for layer in self._layers]
+        for layer, active, row in zip(self._layers, self._active, counts, strict=True):
+            if any(count % active.unit for count in row):
+                raise ValueError(f"width: {self._names[layer]!r} keeps {row} channels, no multiples of {active.unit}")
         for pair in self._sums:
             self._check_equal(counts, *pair)
         self._counts = counts

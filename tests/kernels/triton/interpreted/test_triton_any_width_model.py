@@ -20,6 +20,7 @@ from us3l_kernels import gradients, use_width, views
 from us3l_kernels.any_width import AnyWidth
 from us3l_kernels.errors import BackendError
 from us3l_kernels.nn import SlicedBatchNorm1d, SlicedBatchNorm2d, SlicedConv2d, SlicedLayerNorm, SlicedLinear, SlicedQKV
+from us3l_kernels.nn.compat import SlimmableConv2d
 from us3l_kernels.packed import PackedWeights
 
 LAYERS = Layers()
@@ -269,3 +270,9 @@ def test_widths_must_not_change_before_the_backward() -> None:
         table.set(0.5)
         with pytest.raises(RuntimeError, match="set anew between a forward and its backward"):
             y.sum().backward()
+
+
+def test_channels_that_kernels_are_not_compiled_for_are_refused() -> None:
+    table = AnyWidth(SlimmableConv2d([3, 3], [10, 16], 1))
+    with pytest.raises(ValueError, match=r"'' keeps \[10\] channels, no multiples of 8"):
+        table.set(0.625)
