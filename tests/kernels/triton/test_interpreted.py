@@ -45,5 +45,10 @@ def test_kernels():
 
 
 @pytest.mark.slow
+def test_slow_kernels():
+    run_interpreted(str(HERE / "interpreted"), "-m", "slow")
+
+
+@pytest.mark.slow
 def test_operations():
     run_interpreted(str(HERE.parent / "test_ops.py"), "-k", "triton", "-m", "")
