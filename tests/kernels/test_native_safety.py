@@ -174,7 +174,7 @@ def convolution(integer: Integer, kind: str) -> Problem:
         kernel = [integer(1, 5), integer(1, 5)]
         stride, dilation = [integer(1, 3), integer(1, 3)], [integer(1, 2), integer(1, 2)]
         padding = [integer(0, 3), integer(0, 3)]
-    # 32 tiles of 4x4 outputs and 16 channels are what it takes to be transformed with stride 2.
+    # 8 tiles of 4x4 outputs and 16 channels are what it takes to be transformed with stride 2.
     images, least = (integer(8, 40), 9) if kind == "winograd_stride2" else (integer(1, 4), 1)
     size = [max(least, dilation[d] * (kernel[d] - 1) + 1 - 2 * padding[d]) + integer(0, 11) for d in (0, 1)]
     if kind in ("depthwise", "grouped"):

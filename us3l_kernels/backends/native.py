@@ -60,7 +60,7 @@ def algorithm_of(
         return "winograd" if height * width > 4 * -(-height // 4) * -(-width // 4) else "product"  # F(4x4, 3x3)
     if three and geometry == ([2, 2], [1, 1], [1, 1], 1) and x.size(1) >= 16 and x.dtype == torch.float32:
         tiles, outputs = -(-height // 8) * -(-width // 8), -(-height // 2) * -(-width // 2)
-        if x.size(0) * tiles >= 32 and outputs > 9 * tiles:
+        if x.size(0) * tiles >= 8 and outputs > 9 * tiles:
             return "winograd_stride2"
     return "product"
 
