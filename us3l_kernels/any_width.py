@@ -221,12 +221,16 @@ def check_sum(active: Active | None, residual: Tensor | None) -> None:
         _current.check_sum(active, active_of(residual))
 
 
-def apply(operation: Callable[..., Tensor], *args: Any, sizes: Sizes | None, **options: Any) -> Tensor:
-    """operation(*args, sizes=sizes, **options), which reads what is active; its result is marked."""
+def reading(operation: Callable[..., Tensor], sizes: Sizes | None) -> Callable[..., Tensor]:
+    """The operation, which reads what is active and marks its result; as it is without sizes."""
     if sizes is None:
-        return operation(*args, **options)
-    with unmarked():
-        return mark(operation(*args, sizes=sizes, **options), sizes.outputs)
+        return operation
+
+    def call(*args: Any, **options: Any) -> Tensor:
+        with unmarked():
+            return mark(operation(*args, sizes=sizes, **options), sizes.outputs)
+
+    return call
 
 
 class _Marks(TorchFunctionMode):

@@ -76,10 +76,8 @@ def _check_active(op: str, name: str, value: int, full: int) -> None:
         raise ValueError(f"{op}: {name}: expected between 1 and {full} (the full weight), got {value}")
 
 
-def _choose(op: str, x: Tensor, weight: Tensor | None, sizes: Sizes | None, **arguments: Any) -> str | Sizes:
-    """The backend; `triton` if the active channels are read from the device, which is then told what to read."""
-    if sizes is None:
-        return choose(op, x, weight, **arguments)
+def _checked(sizes: Sizes, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> Sizes:
+    """`sizes`, in place of a backend, if `triton` takes the call: it alone reads them."""
     BACKENDS["triton"].can_run(op, x, weight, raise_error=True, **arguments)
     return sizes
 
@@ -144,7 +142,8 @@ def conv2d(
                 f"conv2d: x: expected at least {reach - 2 * pad} pixels in dimension {2 + d} for a kernel "
                 f"of {weight.size(2 + d)} with dilation {dilated}, got {x.size(2 + d)}"
             )
-    chosen = _choose("conv2d", x, weight, sizes, out_channels=out_channels, groups=groups, **geometry)
+    call = {"out_channels": out_channels, "groups": groups, **geometry}
+    chosen = choose("conv2d", x, weight, **call) if sizes is None else _checked(sizes, "conv2d", x, weight, **call)
     return library.conv2d(x, weight, bias, out_channels, *geometry.values(), groups, chosen)
 
 
@@ -172,7 +171,8 @@ def linear(
     _check_active("linear", "out_features", out_features, weight.size(0))
     x, weight, bias = _autocast(x, weight, bias)
     _check_parameters("linear", x, weight, bias)
-    chosen = _choose("linear", x, weight, sizes, out_features=out_features, in_features=in_features)
+    call = {"out_features": out_features, "in_features": in_features}
+    chosen = choose("linear", x, weight, **call) if sizes is None else _checked(sizes, "linear", x, weight, **call)
     return library.linear(x, weight, bias, out_features, in_features, chosen)
 
 
@@ -250,16 +250,9 @@ def batch_norm(
                 f"got shape {tuple(x.shape)} with {views} views"
             )
     views = views if training else 1
-    chosen = _choose(
-        "batch_norm",
-        x,
-        running_mean if weight is None else weight,
-        sizes,
-        training=training,
-        views=views,
-        activation=activation,
-        residual=residual is not None,
-    )
+    like = running_mean if weight is None else weight
+    call = {"training": training, "views": views, "activation": activation, "residual": residual is not None}
+    chosen = choose("batch_norm", x, like, **call) if sizes is None else _checked(sizes, "batch_norm", x, like, **call)
     return library.batch_norm(
         x,
         weight,

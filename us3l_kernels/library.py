@@ -15,6 +15,7 @@ strides of x made dense. Differentiating twice raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,17 +88,17 @@ def _fake_gradient_of(x: Tensor, needed: bool) -> Tensor:
 # ---------------------------------------------------------------------------------------------- kernels and fakes
 
 
-def _run(operation: str, *args: Any) -> Any:
-    """On the backend that the last argument names. `Sizes` in its place are for `triton`, which reads them."""
-    *rest, chosen = args
+def _of_backend(operation: str, chosen: str | Sizes) -> Callable[..., Any]:
+    """The operation of the backend that is named. `Sizes` in place of a name are for `triton`, which reads them."""
     if isinstance(chosen, Sizes):
         chosen.check_version()
-        return getattr(BACKENDS["triton"], operation)(*rest, sizes=chosen)
-    return getattr(BACKENDS[chosen], operation)(*rest)
+        return partial(getattr(BACKENDS["triton"], operation), sizes=chosen)
+    of_named: Callable[..., Any] = getattr(BACKENDS[chosen], operation)
+    return of_named
 
 
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    y = _run("conv2d", x, weight, bias, *args)
+    y = _of_backend("conv2d", args[-1])(x, weight, bias, *args[:-1])
     return _dense(y, is_channels_last(x) or is_channels_last(weight))
 
 
@@ -125,12 +126,12 @@ def _conv2d_backward(
     need_grad_x: bool,
     *args: Any,
 ) -> Tensor:
-    dx = _run("conv2d_backward", grad, x, weight, gw, gb, need_grad_x, *args)
+    dx = _of_backend("conv2d_backward", args[-1])(grad, x, weight, gw, gb, need_grad_x, *args[:-1])
     return _gradient_of(x, dx, need_grad_x)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    y: Tensor = _run("linear", x, weight, bias, *args)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: int, in_: int, chosen: str | Sizes) -> Tensor:
+    y: Tensor = _of_backend("linear", chosen)(x, weight, bias, out, in_)
     return y.contiguous()
 
 
@@ -145,14 +146,15 @@ def _linear_backward(
     gw: Tensor | None,
     gb: Tensor | None,
     need_grad_x: bool,
-    *args: Any,
+    in_features: int,
+    chosen: str | Sizes,
 ) -> Tensor:
-    dx = _run("linear_backward", grad, x, weight, gw, gb, need_grad_x, *args)
+    dx = _of_backend("linear_backward", chosen)(grad, x, weight, gw, gb, need_grad_x, in_features)
     return dx.contiguous() if dx is not None else x.new_empty(0)
 
 
 def _batch_norm(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = _run("batch_norm", x, *args)
+    y, mean, rstd = _of_backend("batch_norm", args[-1])(x, *args[:-1])
     return _dense(y, is_channels_last(x)), mean, rstd
 
 
@@ -179,7 +181,7 @@ def _batch_norm_backward(
     grad: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
     need_grad_x, need_grad_residual = args[5], args[6]
-    dx, dresidual = _run("batch_norm_backward", grad, x, y, weight, *args)
+    dx, dresidual = _of_backend("batch_norm_backward", args[-1])(grad, x, y, weight, *args[:-1])
     if dresidual is grad and need_grad_residual:  # an operator never returns its input
         dresidual = grad.clone()
     return _gradient_of(x, dx, need_grad_x), _gradient_of(x, dresidual, need_grad_residual)

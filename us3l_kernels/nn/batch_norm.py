@@ -172,13 +172,11 @@ class SlicedBatchNorm(Sliced, _Norm):
         views: int = 1,
         sizes: Sizes | None = None,
     ) -> Tensor:
-        return any_width.apply(
-            functional.batch_norm,
+        return any_width.reading(functional.batch_norm, sizes)(
             x,
             self.weight,
             self.bias,
             *statistics,
-            sizes=sizes,
             training=training,
             momentum=momentum,
             eps=self.eps,

@@ -122,12 +122,10 @@ class SlicedConv2d(SlicedOutput, nn.Conv2d):
             )
         sizes = any_width.sizes_of(self, x)
         x, padding = self._pad(x)
-        return any_width.apply(
-            functional.conv2d,
+        return any_width.reading(functional.conv2d, sizes)(
             x,
             self.weight,
             self.bias,
-            sizes=sizes,
             out_channels=self.result_channels(channels, sizes),
             stride=self.stride,
             padding=padding,

@@ -71,12 +71,10 @@ class SlicedLinear(SlicedOutput, nn.Linear):
         """x: [..., C] with C <= in_features -> [..., active_out_features]."""
         self._check(x)
         sizes = any_width.sizes_of(self, x)
-        return any_width.apply(
-            functional.linear,
+        return any_width.reading(functional.linear, sizes)(
             x,
             self.weight,
             self.bias,
-            sizes=sizes,
             out_features=self.active_out_features if sizes is None else self.out_features,
             in_features=self.read_features(x.size(-1)),
         )
