@@ -124,14 +124,15 @@ class TrainStep:
     def _targets(self, images: Tensor, width: float) -> Tensor | None:
         """Of the teacher, if there is one."""
 
+        live = self.method.config.target == "live"
         # A distilling teacher runs at one width, whatever the student's is.
-        reading = nullcontext() if self.method.distils else self._reading(width)
+        reading = nullcontext() if self.method.distils or live else self._reading(width)
 
         def work(images: Tensor) -> tuple[Tensor | None]:
-            with self.autocast(), reading:
+            with reading, self.autocast():
                 return (self.method.targets(images, width=width),)
 
-        if self.plans is None or self.method.config.target == "live":
+        if self.plans is None or live:
             return work(images)[0]
         return self._planned(("targets", None if self.method.distils else self._channels(width)), work, images)[0]
 
@@ -143,9 +144,10 @@ class TrainStep:
         reading = self._reading(width)
 
         def work(images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            with self.autocast(), reading:
-                loss, projection, targets = self.method(images, width=width, full=full, targets=targets)
-            self.scaler.scale(loss / self.config.train.accumulate).backward()
+            with reading:
+                with self.autocast():
+                    loss, projection, targets = self.method(images, width=width, full=full, targets=targets)
+                self.scaler.scale(loss / self.config.train.accumulate).backward()
             return loss.detach(), projection, targets
 
         if self.plans is None:

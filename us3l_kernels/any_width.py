@@ -16,6 +16,7 @@ Which channels of a tensor are active goes with the tensor, as its shape does in
 mark their results, and functions of torch that work on each channel for itself (CHANNELWISE, means over pixels) hand
 the mark on. Any other function of a marked tensor raises: it would see what lies behind. Behind a layer with
 `slice_out=False` everything is as ever. Of a network that ends with sliced features, `table.active_prefix` gives them.
+The backward belongs inside the context, too: layers that it would run again (a checkpoint's) are refused there.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class AnyWidth:
             for layer, numbers in zip(self._layers, self._memory, strict=True)
         ]
         self._sums: set[tuple[int, int]] = set()  # rows that must have equal numbers
-        self._outer: tuple[AnyWidth | None, int] = (None, 1)
+        self._outer: list[tuple[AnyWidth | None, int, _Marks]] = []  # what was in effect at every entry; its marks
         self.set(*[1.0] * widths)
 
     def set(self, *widths: Width) -> None:
@@ -121,30 +122,38 @@ class AnyWidth:
         global _current
         self.check()
         # Of the process, not of a thread: on a GPU the backward runs in a thread of torch's.
-        self._outer = _current, widths_.stacked_widths
+        marks = _Marks()
+        self._outer.append((_current, widths_.stacked_widths, marks))
         _current, widths_.stacked_widths = self, self.widths
-        self._marks = _Marks()
-        self._marks.__enter__()
+        marks.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         global _current
-        self._marks.__exit__(kind, error, _)
-        _current, widths_.stacked_widths = self._outer
+        _current, widths_.stacked_widths, marks = self._outer.pop()
+        marks.__exit__(kind, error, _)
 
     def sizes_of(self, layer: Sliced, x: Tensor) -> Sizes | None:
+        """What an operation of `layer` on x reads; None if neither x nor its result is sliced.
+
+        Raises ValueError for an x of something else, BackendError where the operation is not to be seen as it is.
+        """
         inputs = active_of(x)
         if layer not in self._names:
             if inputs is None:
                 return None
             raise ValueError(f"any width: {layer} is not of the model whose widths are read, and its input is")
+        name = self._names[layer]
+        if torch._C._current_graph_task_id() != -1:  # where marks are lost
+            raise BackendError(f"any width: {name!r} is called by a backward, as of a checkpoint")
+        if inputs is not None:
+            self._row(inputs)
         if layer.follows_input:
             outputs = inputs
         else:
             outputs = next((a for a, of in zip(self._active, self._layers, strict=True) if of is layer), None)
         if inputs is None and outputs is None:
             return None
-        name = self._names[layer]
         if x.size(0) % self.widths:
             raise ValueError(f"x: {name!r} expects a batch of {self.widths} widths, got {x.size(0)} samples")
         if not is_plain_call((x,)):
@@ -157,10 +166,16 @@ class AnyWidth:
             return
         if a is None or b is None:
             raise ValueError("any width: a sum of a slice and of something with the channels of the full width")
-        rows = [next(i for i, each in enumerate(self._active) if each is summand) for summand in (a, b)]
+        rows = self._row(a), self._row(b)
         pair = (min(rows), max(rows))
         self._check_equal(self._counts, *pair)
         self._sums.add(pair)
+
+    def _row(self, active: Active) -> int:
+        row = next((i for i, each in enumerate(self._active) if each is active), None)
+        if row is None:
+            raise ValueError("any width: a tensor whose active channels another AnyWidth has")
+        return row
 
     def _check_equal(self, counts: Sequence[Sequence[int]], a: int, b: int) -> None:
         if counts[a] != counts[b]:
@@ -215,9 +230,9 @@ def why_not_plain(module: nn.Module) -> str | None:
     return "it has hooks, which would see what lies behind the active channels" if any(hooks) else None
 
 
-def check_sum(active: Active | None, residual: Tensor | None) -> None:
+def check_sum(active: Active | None, residual: Tensor) -> None:
     """Raise ValueError if `residual` has other active channels than what it is added to."""
-    if _current is not None and residual is not None:
+    if _current is not None:
         _current.check_sum(active, active_of(residual))
 
 
@@ -243,19 +258,22 @@ class _Marks(TorchFunctionMode):
         if not given or not any(isinstance(t, Tensor) for t in tree_leaves(result)):
             return result
         name = getattr(func, "__name__", str(func))
-        if len(given) != 1 or not isinstance(result, Tensor) or not _keeps_channels(name, result, *args, **kwargs):
+        if (
+            len(given) != 1
+            or not isinstance(result, Tensor)
+            or not _keeps_channels(name, given[0], result, kwargs.get("dim", args[1] if len(args) > 1 else None))
+        ):
             raise ValueError(
                 f"any width: torch's {name!r} would see what lies behind the active channels of {tuple(given[0].shape)}"
             )
         return mark(result, active_of(given[0]))
 
 
-def _keeps_channels(name: str, result: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether each channel of `result`, which a function gave of x, is of that channel of x alone."""
+def _keeps_channels(name: str, x: Tensor, result: Tensor, dim: Any) -> bool:
+    """Whether each channel of `result`, which a function gave of x and `dim`, is of that channel of x alone."""
     if name == "mean":
-        dims = kwargs.get("dim", args[0] if args else None)
-        dims = [dims] if isinstance(dims, int) else dims or [1]
-        return not kwargs.get("keepdim") and all(d % x.dim() > 1 for d in dims)
+        dims = [dim] if isinstance(dim, int) else dim or [1]
+        return all(d % x.dim() > 1 for d in dims)
     if name == "flatten":
         return result.shape == x.shape[:2]
     return name in CHANNELWISE

@@ -81,7 +81,8 @@ class SlicedBatchNorm(Sliced, _Norm):
             return self._normalise(x, residual, self.evaluation_statistics(channels), training=False)
         self.forget_calibration()
         sizes = any_width.sizes_of(self, x)
-        any_width.check_sum(None if sizes is None else sizes.outputs, residual)
+        if residual is not None:
+            any_width.check_sum(None if sizes is None else sizes.outputs, residual)
         if sizes is not None:
             return self._normalise(x, residual, views=current_views(), sizes=sizes)
         return self._train(x, residual, current_views())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from us3l_kernels import any_width, fused
-from us3l_kernels.backends import choose, measured, requested
+from us3l_kernels.backends import BACKENDS, choose, measured, requested
 from us3l_kernels.backends.native import is_depthwise
 from us3l_kernels.functional import autocast_dtype
 from us3l_kernels.layout import convolved
@@ -105,6 +105,8 @@ def chained(x: Tensor, residual: Tensor | None, pairs: Pairs) -> Tensor | None:
             return None
         call = {"out_channels": result[1], "groups": conv.groups}
         call |= {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        if sizes is not None and not BACKENDS["triton"].can_run("conv2d", read, of_pair[0], **call):
+            return None
         backend = choose("conv2d", read, of_pair[0], **call) if sizes is None else "triton"
         chain.append(fused.Pair(**call, backend=backend, activation=norm.activation, eps=norm.eps, sizes=sizes))
         parameters += of_pair
@@ -119,7 +121,8 @@ def chained(x: Tensor, residual: Tensor | None, pairs: Pairs) -> Tensor | None:
     for _, norm in pairs:
         norm.forget_calibration()
     active = any_width.active_of(read)
-    any_width.check_sum(active, residual)
+    if residual is not None:
+        any_width.check_sum(active, residual)
     with any_width.unmarked():
         return any_width.mark(fused.pair_chain(x, residual, chain, parameters, current_views()), active)
 

@@ -71,6 +71,8 @@ class SlicedLinear(SlicedOutput, nn.Linear):
         """x: [..., C] with C <= in_features -> [..., active_out_features]."""
         self._check(x)
         sizes = any_width.sizes_of(self, x)
+        if sizes is not None and x.dim() != 2:  # of others the functions that hand marks on would take dimension 1
+            raise ValueError(f"any width: x: {self} expects [N, C], got shape {tuple(x.shape)}")
         return any_width.reading(functional.linear, sizes)(
             x,
             self.weight,

@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import us3l_kernels
 from us3l.models.layers import ConvNorm, Layers
 from us3l.models.mobilenet_v2 import InvertedResidual
 from us3l.models.resnet import BasicBlock, Bottleneck, ResNet
-from us3l_kernels import gradients, use_width, views
+from us3l_kernels import any_width, gradients, use_width, views
 from us3l_kernels.any_width import AnyWidth
 from us3l_kernels.errors import BackendError
 from us3l_kernels.nn import SlicedBatchNorm1d, SlicedBatchNorm2d, SlicedConv2d, SlicedLayerNorm, SlicedLinear, SlicedQKV
 from us3l_kernels.nn.compat import SlimmableConv2d
 from us3l_kernels.packed import PackedWeights
+from us3l_kernels.width import current_views
 
 LAYERS = Layers()
 
@@ -192,7 +194,9 @@ def test_features_that_are_sliced() -> None:
 
 def test_functions_that_would_see_more_raise() -> None:
     conv = SlicedConv2d(3, 16, 1)
-    with AnyWidth(conv):
+    table = AnyWidth(conv)
+    table.set(0.5)
+    with table:
         y = conv(images(2))
         functions = (y.sum, y.mean, lambda: torch.cat([y, y]), lambda: y + y, lambda: y.mean((0, 2)), lambda: y[0])
         for function in functions:
@@ -203,6 +207,10 @@ def test_functions_that_would_see_more_raise() -> None:
         with pytest.raises(ValueError, match="would see what lies behind"):
             nn.Conv2d(16, 8, 1)(y)
         assert torch.cat([images(2)] * 2).sum().isfinite()
+        for pooled in (torch.mean(input=y, dim=(2, 3)), y.mean((2, 3), keepdim=True)):
+            assert table.active_prefix(pooled)[0].size(1) == 8
+        with pytest.raises(ValueError, match="torch's 'mean' would see"):
+            torch.mean(input=y)
     with pytest.raises(ValueError, match="of the full width"), AnyWidth(pair := Plain()):
         pair.norm1(pair.conv1(images(2)), torch.zeros(2, 24, 9, 10))
 
@@ -270,6 +278,51 @@ def test_widths_must_not_change_before_the_backward() -> None:
         table.set(0.5)
         with pytest.raises(RuntimeError, match="set anew between a forward and its backward"):
             y.sum().backward()
+
+
+def test_features_of_tokens_are_refused() -> None:
+    """Their channels are the last dimension, and those of what pools them would be another."""
+    with pytest.raises(ValueError, match=r"x: SlicedLinear.* expects \[N, C\], got shape \(2, 5, 8\)"):
+        linear = SlicedLinear(8, 16)
+        with AnyWidth(linear):
+            linear(torch.ones(2, 5, 8))
+
+
+def test_contexts_of_one_table_nest() -> None:
+    table = AnyWidth(SlicedConv2d(3, 16, 1), widths=2)
+    with table:
+        with table:
+            assert current_views() == 2
+        assert current_views() == 2
+    assert any_width.current() is None and current_views() == 1
+
+
+def test_tensors_of_other_tables_are_refused() -> None:
+    models = [nn.Sequential(SlicedConv2d(3, 16, 1), SlicedBatchNorm2d(16, track_running_stats=False)) for _ in range(2)]
+    table, other = map(AnyWidth, models)
+    with other:
+        y = models[1](images(2))
+    with table, pytest.raises(ValueError, match="whose active channels another AnyWidth has"):
+        models[0][1](y)
+    with table, pytest.raises(ValueError, match="whose active channels another AnyWidth has"):
+        models[0][1](models[0][0](images(2)), y)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("from_", [0, 1])
+def test_checkpoints_are_refused(reentrant: bool, from_: int) -> None:
+    """They would run layers again in a backward, where tensors have lost what is known of their channels."""
+    model = nn.Sequential(SlicedConv2d(3, 16, 1), SlicedConv2d(16, 8, 1, slice_out=False))
+    with AnyWidth(model), pytest.raises(BackendError, match=f"'{from_}' is called by a backward"):
+        y = model[:from_](images(2).requires_grad_())
+        checkpoint(model[from_:], y, use_reentrant=reentrant).square().sum().backward()
+
+
+def test_what_kernels_do_not_take_is_refused() -> None:
+    """In chains of convolutions and norms, too, which would else not ask."""
+    pair = ConvNorm(LAYERS.conv(3, 16, 1), LAYERS.norm(16))
+    with AnyWidth(pair), pytest.raises(TypeError, match="weight: expected the dtype of x, torch.float64"):
+        pair(images(2).double())
 
 
 def test_channels_that_kernels_are_not_compiled_for_are_refused() -> None:
