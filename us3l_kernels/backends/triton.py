@@ -206,7 +206,9 @@ class TritonBackend(Backend):
         active = cast(weight, weight[:out_features, :in_features], x.dtype)[:, :, None, None]
         images, precision = _image(x, in_features), _linear_precision(x)
         y = self._product(images, active, bias, out_features, conv2d.POINT, precision, sizes)
-        return y.view(*x.shape[:-1], out_features)
+        # Not as a view: nobody may write to a view that a Function returns.
+        like = y.view(*x.shape[:-1], out_features)
+        return y.new_empty(0).set_(y.untyped_storage(), 0, like.shape, like.stride())
 
     def linear_backward(
         self,

@@ -288,6 +288,17 @@ def test_features_of_tokens_are_refused() -> None:
             linear(torch.ones(2, 5, 8))
 
 
+def test_results_of_linear_layers_may_be_written_to() -> None:
+    model = nn.Sequential(SlicedLinear(8, 16), nn.ReLU(inplace=True), SlicedLinear(16, 5, slice_out=False))
+    x = torch.linspace(-1, 1, 32).view(4, 8)
+    with use_width(model, 0.5):
+        expected = passed(model, x)
+    table = AnyWidth(model)
+    table.set(0.5)
+    with table:
+        assert_alike(passed(model, x), expected, 1e-5)
+
+
 def test_contexts_of_one_table_nest() -> None:
     table = AnyWidth(SlicedConv2d(3, 16, 1), widths=2)
     with table:
