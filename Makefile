@@ -20,12 +20,13 @@ endif
 # A process per core, of one thread each.
 PARALLEL := -n auto --maxprocesses 4
 
-.PHONY: help demo test test-all test-triton build lint clean
+.PHONY: help demo test test-all test-triton gpu build lint clean
 help:
 	@echo "make demo       pre-train on the embedded images and evaluate the sub-networks"
 	@echo "make test       lint, types, and the default tests"
 	@echo "make test-all   the same with the slow tests"
 	@echo "make test-triton TRITON=3.6.0   all tests of the Triton kernels, with that version of Triton"
+	@echo "make gpu OUT=benchmarks/results/h100   check and measure everything on the GPU that is there"
 	@echo "make build      compile the kernels of csrc in place"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what was built (not .venv)"
@@ -44,6 +45,11 @@ test-all: environment-build+run+test build lint
 # alone, and a numpy with which the interpreters of old versions run.
 test-triton: environment-build+run+test build build/triton-$(TRITON)
 	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(PY) -m pytest -m "" tests/kernels/triton
+
+# Three parts of less than nine minutes each; all are run, whatever fails in one.
+OUT ?= benchmarks/results/gpu
+gpu: environment-build build
+	@failed=0; for part in 1 2 3; do $(PY) benchmarks/gpu_suite.py --part $$part --out $(OUT) || failed=1; done; exit $$failed
 
 build/triton-%:
 	$(PY) -m pip install -q --no-deps --target $@ triton==$* "numpy<2.4"
