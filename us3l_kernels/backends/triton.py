@@ -207,8 +207,8 @@ class TritonBackend(Backend):
         images, precision = _image(x, in_features), _linear_precision(x)
         y = self._product(images, active, bias, out_features, conv2d.POINT, precision, sizes)
         # Not as a view: nobody may write to a view that a Function returns.
-        like = y.view(*x.shape[:-1], out_features)
-        return y.new_empty(0).set_(y.untyped_storage(), 0, like.shape, like.stride())
+        rows: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], out_features])
+        return rows
 
     def linear_backward(
         self,
