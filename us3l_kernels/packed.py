@@ -91,6 +91,10 @@ class PackedWeights:
                 torch._foreach_copy_(copies, sources)
         return packed
 
+    def load(self) -> None:
+        """Run what entering the context runs: kernels must not be loaded while a CUDA graph is captured."""
+        self._pack()
+
     def __enter__(self) -> PackedWeights:
         global _current
         self._copies = self._pack()

@@ -138,8 +138,7 @@ class Plans:
             if held is not None and given is not None:
                 held.hold(given)
         if plan.replay is None:
-            with plan.packed:  # the first pass had nothing to pack: a kernel must not be loaded in a capture
-                pass
+            plan.packed.load()  # the first pass had nothing to pack
             plan.replay = self.capture(lambda: self._recorded(plan, work))
         plan.replay()
         # The next replay overwrites its results.

@@ -137,6 +137,26 @@ def test_replayed_steps_are_those_that_are_not_bit_by_bit(capture: bool) -> None
     assert plans.graphs == Tape.captures == (3 if capture else 0)
 
 
+def test_a_graph_packs_the_weights_of_its_pass_at_once() -> None:
+    tapes: list[Tape] = []
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        tapes.append(Tape())
+        with tapes[-1]:
+            work()
+        return tapes[-1].replay
+
+    with us3l_kernels.backend("aten"):
+        model, plans = planned()
+        plans.capture = capture
+        train(model, plans, [0.5, 0.5])
+    assert len(tapes) == 2
+    for tape in tapes:
+        packed = [args[1] for op, args, _, _ in tape.calls if op is torch.ops.aten._foreach_copy_.default]
+        weights = [[tuple(weight.shape[2:]) for weight in sources] for sources in packed]
+        assert sorted(sum(weights, [])) == [(), (), (3, 3)], weights
+
+
 def test_the_work_is_called_to_warm_up_and_to_be_captured() -> None:
     model, plans = planned()
     calls = []
