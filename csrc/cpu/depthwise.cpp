@@ -83,13 +83,13 @@ Window<T> window_of(Pixels<const T> x, int64_t image, const RowsUnder& under) {
 // These rows, for a kernel to ask for. The hardware does not foresee them: what a vector of channels reads lies a pixel
 // apart. None if something else lies between the pixels, which would be fetched in vain.
 template <class T>
-Ahead ahead_of(Pixels<T> t, int64_t image, Range rows, int64_t width, int64_t channels) {
+Stretch ahead_of(Pixels<T> t, int64_t image, Range rows, int64_t width, int64_t channels) {
   const int64_t row = t.pixel == channels ? width * channels * sizeof(T) : 0;
   const int64_t first = (image * t.image + rows.begin * t.row) * static_cast<int64_t>(sizeof(T));
   return {reinterpret_cast<std::uintptr_t>(t.data) + first, (rows.end - rows.begin) * row};
 }
 
-Ahead share_of(Ahead ahead, int64_t i, int64_t n) {
+Stretch share_of(Stretch ahead, int64_t i, int64_t n) {
   if (n == 1) return ahead;
   const Range bytes = part(ahead.bytes, i, n);
   return {ahead.from + bytes.begin, bytes.end - bytes.begin};
@@ -98,16 +98,15 @@ Ahead share_of(Ahead ahead, int64_t i, int64_t n) {
 // The filters for one direction: for each phase of rows, then of columns, [taps][taps][channels].
 class Correlation {
  public:
-  Correlation(std::vector<Phase> rows, std::vector<Phase> columns, const Tensor& weight, int64_t channels)
-      : rows_(std::move(rows)),
-        columns_(std::move(columns)),
-        under_(rows_under(rows_)),
+  Correlation(const std::vector<Phase>& rows, std::vector<Phase> columns, const Tensor& weight, int64_t channels)
+      : columns_(std::move(columns)),
+        under_(rows_under(rows)),
         channels_(channels),
         memory_(Scratch::kFilters, weight.size(2) * weight.size(3) * channels) {
     const float* const from = weight.const_data_ptr<float>();
     const int64_t stride = weight.stride(0), stride_y = weight.stride(2), stride_x = weight.stride(3);
     float* to = memory_.data();
-    for (const Phase& y : rows_)
+    for (const Phase& y : rows)
       for (const Phase& x : columns_) {
         filters_.push_back(to);
         for (int64_t i = 0; i < y.axis.taps; ++i)
@@ -125,8 +124,8 @@ class Correlation {
     const RowsUnder& under = under_[row];
     const int64_t phases = columns_.size();
     const Window<T> window = window_of(x, image, under);
-    const Ahead x_ahead = ahead_of(x, image, under.ahead, columns_[0].axis.size, channels_);
-    const Ahead y_ahead = ahead_of(y, image, {row + 2, row + 3}, width, channels_);
+    const Stretch x_ahead = ahead_of(x, image, under.ahead, columns_[0].axis.size, channels_);
+    const Stretch y_ahead = ahead_of(y, image, {row + 2, row + 3}, width, channels_);
     for (int64_t i = 0; i < phases; ++i) {
       const auto& [axis, first, step, count] = columns_[i];
       const float* const filters = filters_[under.phase * phases + i] + under.taps.begin * axis.taps * channels_;
@@ -137,7 +136,7 @@ class Correlation {
   }
 
  private:
-  std::vector<Phase> rows_, columns_;
+  std::vector<Phase> columns_;
   std::vector<RowsUnder> under_;
   int64_t channels_;
   Scratch memory_;
@@ -231,8 +230,7 @@ void backward(const Tensor& grad, const Tensor& x, const Geometry& rows, const G
   parallel(threads, [&](int64_t thread) {
     std::optional<FilterGradient<T>> sums;
     if (grad_weight)
-      sums.emplace(kernels, rows, columns, channels,
-                   &totals[thread * taps * channels]);
+      sums.emplace(kernels, rows, columns, channels, &totals[thread * taps * channels]);
     for_parts(part(x.size(0) * rows.out, thread, threads), 1, [&](Range r) {
       for (int64_t i = r.begin; i < r.end; ++i) {
         const int64_t image = i / rows.out, row = i % rows.out;
@@ -439,9 +437,7 @@ void depthwise_backward(const DepthwiseBackward& work) {
     const Scratch input(Scratch::kInput, work.norm_of_x == nullptr || work.dw == nullptr ? 0 : strips.input);
     const Scratch gradient(Scratch::kOutput, most * columns.out * channels);
     std::optional<FilterGradient<float>> sums;
-    if (work.dw)
-      sums.emplace(kernels, rows, columns, channels,
-                   &totals[i * taps * channels]);
+    if (work.dw) sums.emplace(kernels, rows, columns, channels, &totals[i * taps * channels]);
     for_parts(part(images, i, parts), 1, [&](Range own) {
       for (int64_t strip = own.begin * strips.of_image; strip < own.end * strips.of_image; ++strip) {
         const int64_t image = strips.image(strip);

@@ -81,7 +81,7 @@ struct Columns {
 template <bool kWritten>
 class Asking {
  public:
-  Asking(const Ahead& ahead, std::int64_t parts)
+  Asking(const Stretch& ahead, std::int64_t parts)
       : at_(ahead.from), end_(ahead.from + ahead.bytes), bytes_((ahead.bytes / parts + kLine) / kLine * kLine) {}
 
   US3L_INLINE void next() {
@@ -233,7 +233,7 @@ US3L_INLINE void for_blocks(const Axis& axis, std::int64_t channels, std::int64_
 
 template <class T>
 void correlate(const Axis& axis, const Window<T>& x, const float* filters, const float* bias, const Line<T>& y,
-               std::int64_t channels, const Ahead& ahead_of_x, const Ahead& ahead_of_y) {
+               std::int64_t channels, const Stretch& ahead_of_x, const Stretch& ahead_of_y) {
   const std::int64_t parts = blocks_of(y.count) * vectors_of(channels);
   Asking<false> x_ahead(ahead_of_x, parts);
   Asking<true> y_ahead(ahead_of_y, parts);
@@ -245,7 +245,7 @@ void correlate(const Axis& axis, const Window<T>& x, const float* filters, const
 // Some channels at a time, whose sums stay in the L1 cache along the row.
 template <class T>
 void accumulate(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t channels,
-                const Ahead& ahead_of_x, const Ahead& ahead_of_dy) {
+                const Stretch& ahead_of_x, const Stretch& ahead_of_dy) {
   constexpr std::int64_t kSums = 2048;
   const std::int64_t vectors = kSums / LANES / (x.rows * axis.taps + 1) + 1;
   const std::int64_t parts = blocks_of(dy.count) * vectors_of(channels);

@@ -29,8 +29,8 @@ struct Window {
   std::int64_t row, pixel, rows;
 };
 
-// Memory that later calls need, to be asked for meanwhile: an address alone, for nothing may be there.
-struct Ahead {
+// A stretch of memory that later calls need, to be asked for meanwhile: an address alone, for nothing may be there.
+struct Stretch {
   std::uintptr_t from;
   std::int64_t bytes;
 };
@@ -41,13 +41,13 @@ struct DepthwiseKernels {
 
   // y[i, :] = bias + sum over r, t of filters[r][t][:] * x[r][i * stride + t * step + offset, :]
   void (*correlate)(const Axis& axis, const Window<T>& x, const float* filters, const float* bias, const Line<T>& y,
-                    std::int64_t channels, const Ahead& ahead_of_x, const Ahead& ahead_of_y);
+                    std::int64_t channels, const Stretch& ahead_of_x, const Stretch& ahead_of_y);
 
   // sums[r][t][:] += sum over i of dy[i, :] * x[r][i * stride + t * step + offset, :]
   //
   // A row of sums is channels rounded up to `lanes` long, and in an order of its own that `flush` knows.
   void (*accumulate)(const Axis& axis, const Window<T>& x, const Line<const T>& dy, float* sums, std::int64_t channels,
-                     const Ahead& ahead_of_x, const Ahead& ahead_of_dy);
+                     const Stretch& ahead_of_x, const Stretch& ahead_of_dy);
 
   // totals[n][:] += sums[n][:] for n < count, then sums = 0.
   void (*flush)(float* sums, double* totals, std::int64_t count, std::int64_t channels);
