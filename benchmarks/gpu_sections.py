@@ -54,6 +54,7 @@ TRANSFORMER = "vit_small 224px b128"
 SETS = 3  # of inputs
 SANITIZED_SECONDS = 120  # after which no further call starts under compute-sanitizer
 LEAST_MS = 1.0  # of one reading
+LEFT_OUT = "left out: it has broken the process in other items"
 HALVES = (torch.bfloat16, torch.float16)
 # Largest error beside the largest value: a small multiple of ATen's own, or what the rounding of the inputs may make.
 # TF32 has as many bits as float16.
@@ -63,11 +64,14 @@ SMALL = {"float32": 2e-6, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
 
 @dataclass(frozen=True)
 class Setup:
-    """Where the suite runs. smoke: tiny shapes. out: the folder of the results."""
+    """Where the suite runs. smoke: tiny shapes. out: the folder of the results. until: the time.time() at which the
+    section is to end. barred: sides that are left out, as they have broken this section's processes."""
 
     device: torch.device
     smoke: bool
     out: Path
+    until: float = math.inf
+    barred: frozenset[str] = frozenset()
 
     @property
     def synchronise(self) -> Callable[[], None]:
@@ -100,10 +104,14 @@ def microseconds(setup: Setup, sides: Mapping[str, Callable[[int], object]], rou
     runs: dict[str, tuple[Callable[[], object], int]] = {}
     errors: dict[str, str] = {}
     for name, side in sides.items():
+        if name in setup.barred:
+            errors[name] = LEFT_OUT
+            continue
         try:
-            runs[name] = repeated(setup, side)
+            with harness.charged_to(name, setup.device):
+                runs[name] = repeated(setup, side)
         except Exception as error:  # that of the side: the others are measured
-            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            errors[name] = harness.told(error)
     samples = harness.interleave(
         {name: lambda turn, run=run: run() for name, (run, _) in runs.items()},
         rounds=1 if setup.smoke else rounds,
@@ -370,8 +378,11 @@ def _check_operation(setup: Setup, case: OpCase, name: str, precision: str) -> d
             results[f"d{key}"] = parameter.grad[~outside] - canary
         return {key: result.double().cpu() for key, result in results.items()}
 
+    if name in setup.barred:
+        return {"skipped": LEFT_OUT}
     try:
-        given = run(name, dtype, setup.device)
+        with harness.charged_to(name, setup.device):
+            given = run(name, dtype, setup.device)
     except BackendError as error:
         return {"skipped": str(error)}
     expected = run("reference", torch.float64, torch.device("cpu"))
@@ -675,8 +686,8 @@ def triton_tiles(setup: Setup, direction: str, side: Callable[[int], object]) ->
                 continue
             alone = replace(tile, channels=1 << 31)
             tables["half"], kernels_of.FEW_ROWS["half"] = (alone,), alone
-            found = microseconds(setup, {"": side}, rounds=3)
-            times[name] = found["us"].get("", found.get("errors"))
+            found = microseconds(setup, {name: side}, rounds=3)
+            times[name] = found["us"].get(name, found.get("errors", {}).get(name))
     finally:
         tables["half"], kernels_of.FEW_ROWS["half"] = shipped, few_rows
     return times
@@ -1116,12 +1127,13 @@ def one_graph(setup: Setup) -> Iterator[Item]:
         with plans.stream():
             for name, side in list(sides.items()):
                 try:
-                    side(0)
-                    buffer.zero_()
-                    side(1)
-                    found[name] = buffer.flat.clone()
+                    with harness.charged_to(name, setup.device):
+                        side(0)
+                        buffer.zero_()
+                        side(1)
+                        found[name] = buffer.flat.clone()
                 except Exception as error:  # that of the side: the others are measured
-                    errors[name] = f"{type(error).__name__}: {error}"
+                    errors[name] = harness.told(error)
                     del sides[name]
                 buffer.zero_()
             of_widths = next(iter(found.values()))

@@ -5,8 +5,9 @@
 3  norms, convolutions with them, packing, updates, the cost of graphs, whole steps beside their rivals, random widths
 
 It needs torch and this checkout with its kernels built (`make build PYTHON=python3`), and no network. Every section
-runs in a process of its own, item by item: an item that raises, hangs or takes the process with it (an illegal address
-does) is reported as that, and the rest goes on. DIR gets a JSON file for each section, from which `us3l bench table`
+runs in a process of its own, item by item: an item that raises, hangs or takes the process with it is reported as that,
+and the rest goes on, in a new process where nothing can be computed in the old one any more (after an illegal address,
+or a capture that failed). DIR gets a JSON file for each section, from which `us3l bench table`
 makes the README's table once it lies in benchmarks/results/. What a part has no time for is reported as that:
 `--only` and `--items` run it in another call, and its results join those that are there.
 """
@@ -22,8 +23,10 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,10 @@ from benchmarks.gpu_sections import SECTIONS, Setup  # noqa: E402
 
 PART_SECONDS = 530.0
 LONGEST_ITEM = 300.0  # compiling a step takes minutes
-RESTARTS = 4  # of a section whose process has died
+RESTARTS = 20  # of a section whose process has died
+BROKEN = 3  # code with which a process ends in which nothing can be computed any more
+BARRED = 3  # of those, after which the side that is to blame is left out
+DIED = "the process died here"
 
 Result = dict[str, Any]
 
@@ -54,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="sections with this in their name alone")
     parser.add_argument("--items", default="", metavar="TEXT", help="items with this in their name alone")
     parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="after which no further item starts")
-    parser.add_argument("--section", help=argparse.SUPPRESS)  # what a process of one section is given
+    # What a process of one section is given: its name, and the time.time() after which no item starts.
+    parser.add_argument("--section", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.out = options.out.resolve()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -63,84 +71,97 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("US3L_TUNE_CACHE", str(options.out / "tune.json"))
     if options.section is not None:
-        run_section(options.part, options.section, setup_of(options), options.seconds, options.items)
+        run_section(options.part, options.section, setup_of(options), options.items)
         return
     run_part(options)
 
 
 def setup_of(options: argparse.Namespace) -> Setup:
     """What the sections are told."""
-    return Setup(torch.device(options.device), options.smoke, options.out)
+    until = time.time() + options.seconds if options.until is None else options.until
+    return Setup(torch.device(options.device), options.smoke, options.out, until)
 
 
 def run_part(options: argparse.Namespace) -> list[Path]:
     """Every section of the part, one after the other, each in a process of its own; the files of their results."""
-    start, share, files = time.monotonic(), 0.0, []
+    start, share, files = time.time(), 0.0, []
     options.out.mkdir(parents=True, exist_ok=True)
     chosen = {name: share for name, (_, share) in SECTIONS[options.part].items() if options.only in name}
     for name in chosen:
         share += chosen[name] / sum(chosen.values())
         log_of(options.out, name).unlink(missing_ok=True)
         for _ in range(1 + RESTARTS):
-            left = start + share * options.seconds - time.monotonic()
-            if left <= 0 or run_process(options, name, left):
+            until = start + share * options.seconds
+            if time.time() >= until or run_process(options, name, until):
                 break
         files.append(finish(options.part, name, setup_of(options)))
     return files
 
 
-def run_process(options: argparse.Namespace, section: str, seconds: float) -> bool:
+def run_process(options: argparse.Namespace, section: str, until: float) -> bool:
     """Run a section in a process; False if that died, and another should go on where it stopped."""
     command = [
         sys.executable, str(Path(__file__).resolve()), "--part", str(options.part), "--section", section,
-        "--out", str(options.out), "--device", options.device, "--seconds", f"{seconds:.0f}",
+        "--out", str(options.out), "--device", options.device, "--until", f"{until:.1f}",
         "--items", options.items, *(["--smoke"] if options.smoke else []),
     ]  # fmt: skip
     log = log_of(options.out, section)
     # A group of its own: what it has started (compilers, a sanitizer) goes with it, and disturbs no other section.
     process = subprocess.Popen(command, cwd=ROOT, preexec_fn=os.setpgrp)
-    end = time.monotonic() + seconds
     try:
         while process.poll() is None:
             time.sleep(0.2)
             # Every item writes a line when it begins and when it ends.
             touched = log.stat().st_mtime if log.exists() else time.time()
             stuck = time.time() - touched > LONGEST_ITEM
-            if stuck or time.monotonic() > end + 10:
+            if stuck or time.time() > until + 10:
                 append(log, {"died": f"stopped after {LONGEST_ITEM:.0f} s" if stuck else "stopped: out of time"})
                 return not stuck
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    if process.returncode != 0:
+    if process.returncode not in (0, BROKEN):
         append(log, {"died": f"the process ended with code {process.returncode}"})
     return process.returncode == 0
 
 
-def run_section(part: int, name: str, setup: Setup, seconds: float = PART_SECONDS, items: str = "") -> None:
-    """The items of a section that its log does not have, in this process; those with `items` in their name."""
+def run_section(part: int, name: str, setup: Setup, items: str = "") -> None:
+    """The items of a section that its log does not have, in this process; those with `items` in their name.
+
+    Ends the process after an item that has left nothing in working order.
+    """
     setup.out.mkdir(parents=True, exist_ok=True)
     log = log_of(setup.out, name)
-    done = {line["begin"] for line in lines_of(log) if "begin" in line}
-    end = time.monotonic() + seconds
+    lines = list(lines_of(log))
+    done = {line["begin"] for line in lines if "begin" in line}
+    blamed = Counter(line["result"]["broken"] for line in lines if "broken" in line.get("result", ()))
+    setup = replace(setup, barred=frozenset(side for side, count in blamed.items() if side and count >= BARRED))
     section, _ = SECTIONS[part][name]
     for item, work in section(setup):
         if item in done or items not in item:
             continue
         append(log, {"begin": item})
-        append(log, {"result": run_item(item, work) if time.monotonic() < end else {"skipped": "out of time"}})
+        result = run_item(item, work, setup.device) if time.time() < setup.until else {"skipped": "out of time"}
+        append(log, {"result": result})
+        if "broken" in result:
+            os._exit(BROKEN)  # the ordinary end would wait for the device
 
 
-def run_item(item: str, work: Callable[[], Result]) -> Result:
-    """The item's result; or its error, in one line and in full."""
+def run_item(item: str, work: Callable[[], Result], device: torch.device) -> Result:
+    """The item's result; or its error, in one line and in full. `broken`: the side that has broken the process."""
     print(f"{item} ...", flush=True)
     start = time.perf_counter()
+    side = ""
     try:
         result = work()
-    except Exception as error:  # whatever it is, it is this item's
-        text = str(error).strip().splitlines() or [""]
-        result = {"error": f"{type(error).__name__}: {text[0]}", "traceback": traceback.format_exc()}
+    except (Exception, harness.Broken) as error:  # whatever it is, it is this item's
+        result = {"error": harness.told(error), "traceback": traceback.format_exc()}
+        side = error.side if isinstance(error, harness.Broken) else ""
+    # Kernels run behind the host: what shows only now is this item's as well.
+    if (reason := harness.why_broken(device)) is not None:
+        result = {"error": reason, **result, "broken": side}
+    if "error" in result:
         print(f"    {result['error']}", flush=True)
     return {**result, "seconds": round(time.perf_counter() - start, 3)}
 
@@ -155,10 +176,10 @@ def finish(part: int, section: str, setup: Setup) -> Path:
     for line in lines_of(log_of(out, section)):
         if "begin" in line:
             last = line["begin"]
-            items[last] = {"error": "the process died here"}
+            items[last] = {"error": DIED}
         elif "result" in line:
             items[last] = line["result"]
-        elif items.get(last, {"error": ""}).get("error") is not None:
+        elif items.get(last, {"error": DIED}).get("error") == DIED:
             items[last] = {"error": line["died"]}
     stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "clocks": clocks(setup.device)}
     for name, result in items.items():

@@ -14,7 +14,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from statistics import median, quantiles
@@ -37,6 +38,57 @@ FEWEST_ROUNDS = 5  # of which a median is worth reporting
 
 class Mismatch(AssertionError):
     """Two sides computed different results: there is nothing to time."""
+
+
+class Broken(BaseException):
+    """Nothing more can be computed in this process. No handler of a side's own errors is to take it for one."""
+
+    def __init__(self, side: str) -> None:
+        super().__init__(f"by {side}")
+        self.side = side
+
+
+def why_broken(device: torch.device, stream: torch.cuda.Stream | None = None) -> str | None:
+    """Why nothing more can be computed on `device` in this process; None if all is well.
+
+    To Python an illegal address is an error like any other, but every later call of the process fails with it. After a
+    capture that could not be ended, its stream may stay the current one (which is to be `stream`, or else the default
+    one), and the allocator refuses to empty its cache, which every capture begins with.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+        torch.ones(8, device=device).sum().item()
+        torch.cuda.empty_cache()
+        if torch.cuda.current_stream(device) != (stream or torch.cuda.default_stream(device)):
+            return "a capture has left its stream the current one"
+    except Exception as error:  # whatever it is, nothing can go on
+        return told(error)
+    return None
+
+
+@contextmanager
+def charged_to(side: str, device: torch.device) -> Iterator[None]:
+    """An error inside that has broken the device is raised as `Broken`, by `side`."""
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    try:
+        yield
+    except Exception as error:
+        if why_broken(device, stream) is not None:
+            raise Broken(side) from error
+        raise
+
+
+def told(error: BaseException) -> str:
+    """An error in one line, with those that it came on top of: that of a capture hides the one that spoilt it."""
+    lines = []
+    below: BaseException | None = error
+    while below is not None:
+        text = str(below).strip().splitlines() or [""]
+        lines.append(f"{type(below).__name__}: {text[0]}")
+        below = below.__cause__ or (None if below.__suppress_context__ else below.__context__)
+    return " <- ".join(lines)
 
 
 def fix_allocator() -> None:

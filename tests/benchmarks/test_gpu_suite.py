@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_what_raises_is_reported_and_the_rest_goes_on(setup: Setup, monkeypatch:
     items = run(setup, 1, "failing", items="raises")
     assert items["raises"]["error"] == "KeyError: 'missing'" and "Traceback" in items["raises"]["traceback"]
     assert items["fine"]["value"] == 1  # of the first call
-    assert run(setup, 1, "failing", seconds=0)["hangs"] == {"skipped": "out of time"}
+    assert run(replace(setup, until=0), 1, "failing")["hangs"] == {"skipped": "out of time"}
 
 
 def test_what_dies_is_reported_and_the_rest_goes_on(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +207,61 @@ def test_imports_need_little_installed() -> None:
         "import benchmarks.gpu_suite"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tables.README.parent, check=True, timeout=300)
+
+
+BREAKING = """
+import sys
+import torch
+from benchmarks import gpu_sections, gpu_suite, harness
+
+broken = []
+
+def work(fails=False):
+    broken.extend(["the device"] * fails)
+    if broken:
+        raise torch.AcceleratorError("illegal address")
+    return {"value": 1}
+
+def breaking(setup):
+    def side(fails):
+        return {"one": lambda _: work(fails), "two": lambda _: work()}
+
+    yield "fine", work
+    yield "breaks", lambda: work(fails=True)
+    yield "fine after it", work
+    yield "breaks behind the host", lambda: broken.append("the device") or {"value": 2}
+    yield "fine after that", work
+    for turn in range(4):
+        yield f"side {turn}", lambda: gpu_sections.microseconds(setup, side(True))
+    yield "no more", lambda: gpu_sections.microseconds(setup, side(False))
+
+harness.why_broken = lambda device, stream=None: "illegal address" if broken else None
+gpu_suite.SECTIONS[1]["failing"] = (breaking, 1.0)
+gpu_suite.main(sys.argv[1:])
+"""
+
+
+def test_what_breaks_the_device_is_charged_for_it_and_the_rest_goes_on_in_another_process(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An illegal address is an exception, after which every call of the process fails."""
+    monkeypatch.setitem(SECTIONS[1], "failing", (failing, 1.0))
+    popen = subprocess.Popen
+
+    def started(command: list[str], **options: Any) -> Any:
+        return popen([command[0], "-c", BREAKING, *command[2:]] if "--section" in command else command, **options)
+
+    monkeypatch.setattr(gpu_suite.subprocess, "Popen", started)
+    gpu_suite.main(["--part", "1", "--out", str(setup.out), "--device", "cpu", "--smoke", "--only", "failing"])
+    items = json.loads((setup.out / "part1_failing.json").read_text(encoding="utf-8"))["items"]
+    assert items["fine"]["value"] == items["fine after it"]["value"] == items["fine after that"]["value"] == 1
+    assert items["breaks"]["error"] == "AcceleratorError: illegal address" and items["breaks"]["broken"] == ""
+    assert items["breaks behind the host"]["error"] == "illegal address"
+    for turn in range(gpu_suite.BARRED):
+        assert items[f"side {turn}"]["broken"] == "one"
+        assert items[f"side {turn}"]["error"] == "Broken: by one <- AcceleratorError: illegal address"
+    for later in (f"side {gpu_suite.BARRED}", "no more"):
+        assert items[later]["errors"] == {"one": gpu_sections.LEFT_OUT} and items[later]["us"].keys() == {"two"}
 
 
 def test_no_gpu_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,6 +88,52 @@ def test_different_names_are_an_error():
         harness.require_equal("step", {"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1)}, 1.0)
 
 
+def test_an_error_is_told_with_those_below_it():
+    """As torch.cuda.graph raises when a capture cannot be ended: what has spoilt it is the context of that."""
+    with pytest.raises(RuntimeError) as raised:
+        try:
+            raise ValueError("a copy to the host\nmore of it")
+        except ValueError:
+            raise RuntimeError("the capture failed")  # noqa: B904
+    assert harness.told(raised.value) == "RuntimeError: the capture failed <- ValueError: a copy to the host"
+    assert harness.told(KeyError("missing")) == "KeyError: 'missing'"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Stands in for a GPU that is in order."""
+    ones = torch.ones
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: "default")
+    monkeypatch.setattr(torch, "ones", lambda size, device: ones(size))
+    return torch.device("cuda")
+
+
+def failing(*_):
+    raise RuntimeError("an illegal memory access was encountered\nCompile with ...")
+
+
+@pytest.mark.parametrize("call", ["synchronize", "empty_cache"])
+def test_a_gpu_is_broken_if_nothing_more_can_be_computed(gpu, call, monkeypatch):
+    assert harness.why_broken(gpu) is None
+    with pytest.raises(ZeroDivisionError), harness.charged_to("a side", gpu):
+        _ = 1 / 0
+    monkeypatch.setattr(torch.cuda, call, failing)
+    assert harness.why_broken(gpu) == "RuntimeError: an illegal memory access was encountered"
+    assert harness.why_broken(torch.device("cpu")) is None
+    with pytest.raises(harness.Broken) as raised, harness.charged_to("a side", gpu):
+        _ = 1 / 0
+    assert raised.value.side == "a side" and isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def test_a_gpu_is_broken_if_a_capture_has_left_its_stream(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "of a graph")
+    assert "stream" in harness.why_broken(gpu)
+    assert harness.why_broken(gpu, "of a graph") is None
+
+
 def test_breakdown_sorts_operators_into_parts():
     x, weight = torch.randn(8, 64, 32, 32), torch.randn(64, 64, 3, 3)
     parts = harness.breakdown(lambda: torch.conv2d(x, weight))
