@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -969,10 +970,10 @@ def tuning(setup: Setup) -> Iterator[Item]:
         side = step.US3L(settings, initial_weights(settings), policy="joint")
         side.training.plans = None  # every call is to be seen
         images = step.random_images(settings, size=size, batch=batch)[0]
-        taken = tune(side.step, images)
+        taken = tune(side.step, images, seconds=setup.until - time.time())
         chosen: dict[str, int] = {}
         for measurement in taken:
-            choice = measurement.choice(measurement.backward is not None)
+            choice = measurement.choice(measurement.training is not None)
             chosen[choice.backend if choice else "-"] = chosen.get(choice.backend if choice else "-", 0) + 1
         return {"calls": len(taken), "chosen": chosen}
 

@@ -74,7 +74,7 @@ def tuning_table(measurements: Sequence[Measurement]) -> Table:
     for op in dict.fromkeys(m.call[0] for m in measurements):
         totals, fastest, taken = dict.fromkeys(backends, 0.0), 0.0, Counter[str]()
         for m in (m for m in measurements if m.call[0] == op):
-            gradients = m.backward is not None
+            gradients = m.training is not None
             seconds, choice = m.seconds(gradients), m.choice(gradients)
             assert seconds is not None and choice is not None
             fastest += seconds[choice.backend]

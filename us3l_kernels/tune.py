@@ -7,14 +7,15 @@ From then on `auto` takes the fastest for these calls, in this process and, thro
 `us3l_kernels.backends.measured`), in others on this machine. Nothing is ever measured unless asked for here.
 
 On a GPU the times are those of CUDA graphs, as a training step runs its calls: most kernels are shorter than their
-launch, by which a backend that is written in Python would always lose.
+launch, by which a backend that is written in Python would always lose. Weights are packed and gradients accumulated in
+place, as there, and calls take turns at several inputs: a GPU's cache would hold those of a small layer.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from statistics import median, quantiles
@@ -23,27 +24,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from us3l_kernels import functional
+from us3l_kernels import functional, gradients
 from us3l_kernels.backends import BACKENDS, backend, measured
 from us3l_kernels.backends.measured import Call, Measurement
+from us3l_kernels.packed import PackedWeights
 from us3l_kernels.plans import Capture, CudaGraphs
 from us3l_kernels.width import use_width
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 LEAST_SECONDS = 1e-3  # of a reading: shorter calls are repeated
+SETS = 3  # of inputs and weights, on a GPU
+SAVED_EVERY = 10  # calls that were measured
 
 
 def tune(
     model: Callable[..., object],
     *inputs: Tensor,
     widths: Sequence[float] | None = None,
+    seconds: float = math.inf,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Measurement]:
     """Measure every different call of the sliced operations that `model(*inputs)` makes, and write the table.
 
     model: a module, which is run as it is set (training or evaluation; its buffers are put back) at each of `widths`
     (None: at the width in effect), or any callable. inputs: real ones, or others of their shape, dtype and layout.
-    Gradients are measured where they would be needed. Takes as long as some twenty steps of training.
+    Gradients are measured where they would be needed. Takes as long as some twenty steps of training; seconds: after
+    which no further call is measured. The table is written now and then on the way: what ends early has not been for
+    nothing.
 
     Returns the measurements. Raises ValueError if the model makes no call on `auto`, SettingError if US3L_TUNE_CACHE
     is empty, OSError if the file cannot be written.
@@ -51,14 +58,23 @@ def tune(
     calls = record(model, *inputs, widths=widths)
     if not calls:
         raise ValueError("model: expected one that calls operations of us3l_kernels on backend 'auto', found none")
-    measurements = []
-    for index, ((call, threads), gradients) in enumerate(calls.items()):
+    measurements: list[Measurement] = []
+
+    def save() -> None:
+        for device in {call[1] for call, _ in calls}:
+            measured.save(device, [m for m in measurements if m.call[1] == device])
+
+    end = time.monotonic() + seconds
+    for index, ((call, threads), needed) in enumerate(calls.items()):
+        if time.monotonic() >= end:
+            break
         progress(f"{index + 1} of {len(calls)}: {title(call)}")
-        measurement = measure(call, threads, *gradients)
+        measurement = measure(call, threads, *needed)
         if measurement is not None:
             measurements.append(measurement)
-    for device in {call[1] for call, _ in calls}:
-        measured.save(device, [m for m in measurements if m.call[1] == device])
+            if len(measurements) % SAVED_EVERY == 0:
+                save()
+    save()
     return measurements
 
 
@@ -96,38 +112,45 @@ def measure(call: Call, threads: int, x_gradient: bool, weight_gradient: bool) -
 def _measure(
     call: Call, threads: int, x_gradient: bool, weight_gradient: bool, capture: Capture | None = None
 ) -> Measurement | None:
-    op, device, _, _, arguments = call
-    x, weight = (None if layout is None else _tensor(layout, device) for layout in call[2:4])
-    assert x is not None
-    x.requires_grad_(x_gradient)
-    if weight is not None:
-        weight.requires_grad_(weight_gradient)
+    op, device, x_layout, weight_layout, given = call
+    arguments = dict(given)
+    xs = [_input(_tensor(x_layout, device), x_gradient) for _ in range(1 if capture is None else SETS)]
+    weights = [
+        None if weight_layout is None else nn.Parameter(_tensor(weight_layout, device), requires_grad=weight_gradient)
+        for _ in xs
+    ]
     candidates = [
         name
         for name, candidate in BACKENDS.items()
-        if name != "reference" and candidate.can_run(op, x, weight, **dict(arguments))
+        if name != "reference" and candidate.can_run(op, xs[0], weights[0], **arguments)
     ]
-    if len(candidates) < 2 or x.numel() == 0:
+    if len(candidates) < 2 or xs[0].numel() == 0:
         return None
-    run, inputs = REPLAYS[op](x, weight, **dict(arguments))
-    needed = [t for t in inputs if t is not None and t.requires_grad]
+    trained = weight_gradient and weight_layout is not None
+    needed = x_gradient or trained
+    buffer = gradients.attach(nn.ParameterList(weights)) if trained else None
+    calls = [REPLAYS[op](x, weight, **arguments) for x, weight in zip(xs, weights, strict=True)]
+    packed = {name: nullcontext() if capture is None else PackedWeights(buffer) for name in candidates}
 
-    def forward(name: str) -> Tensor:
-        with backend(f"{op}={name}"):
-            return run()
+    def forward(name: str) -> None:
+        with backend(f"{op}={name}"), packed[name]:
+            for run in calls:
+                run()
 
-    def backward(y: Tensor) -> object:
-        return torch.autograd.grad(y, needed, grad, retain_graph=True)
+    def forward_and_backward(name: str) -> None:
+        with backend(f"{op}={name}"), packed[name]:
+            for run, grad in zip(calls, grads, strict=True):
+                run().backward(grad)
+
+    def times(work: Callable[[str], None]) -> dict[str, float]:
+        return _times({name: partial(work, name) for name in candidates}, len(calls), capture)
 
     # Under autocast x would have been recorded as it was cast.
-    with torch.autocast(device, enabled=False), torch.set_grad_enabled(bool(needed)):
-        forward_times = _times({name: partial(forward, name) for name in candidates}, capture)
-        if not needed:
-            return Measurement(call, threads, forward_times, None)
-        outputs = {name: forward(name) for name in candidates}
-        grad = torch.randn_like(next(iter(outputs.values())))
-        backward_times = _times({name: partial(backward, y) for name, y in outputs.items()}, capture)
-    return Measurement(call, threads, forward_times, backward_times)
+    with torch.autocast(device, enabled=False), torch.set_grad_enabled(needed):
+        with backend(f"{op}={candidates[0]}"):
+            y = calls[0]().detach()
+        grads = [torch.randn_like(y) for _ in calls]
+        return Measurement(call, threads, times(forward), times(forward_and_backward) if needed else None)
 
 
 def title(call: Call) -> str:
@@ -146,32 +169,46 @@ def _tensor(layout: tuple[str, tuple[int, ...], tuple[int, ...]], device: str) -
     return values.as_strided(shape, strides)
 
 
-Replay = tuple[Callable[[], Tensor], tuple[Tensor | None, ...]]
-"""A call of an operation, and the inputs that it may have gradients for."""
+class _Unkept(torch.autograd.Function):
+    """`values`, whose gradient is computed and not kept: as in a network, where the layer before takes it."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, leaf: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _input(values: Tensor, gradient: bool) -> Tensor:
+    """`values` as the result of another layer, for which a gradient is needed or not."""
+    return _Unkept.apply(values, torch.zeros((), requires_grad=True)) if gradient else values
+
+
+Replay = Callable[[], Tensor]
+"""A call of an operation."""
 
 
 def _conv2d(x: Tensor, weight: Tensor, **arguments: Any) -> Replay:
-    return lambda: functional.conv2d(x, weight, **arguments), (x, weight)
+    return lambda: functional.conv2d(x, weight, **arguments)
 
 
 def _linear(x: Tensor, weight: Tensor, **arguments: Any) -> Replay:
-    return lambda: functional.linear(x, weight, **arguments), (x, weight)
+    return lambda: functional.linear(x, weight, **arguments)
 
 
 def _batch_norm(x: Tensor, weight: Tensor | None, *, training: bool, residual: bool, **arguments: Any) -> Replay:
     dtype = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
     bias = None if weight is None else torch.zeros_like(weight)
     running = [] if training else [torch.full(x.shape[1:2], value, dtype=dtype, device=x.device) for value in (0, 1)]
-    added = torch.randn_like(x).requires_grad_(x.requires_grad) if residual else None
-    return (
-        lambda: functional.batch_norm(x, weight, bias, *running, training=training, residual=added, **arguments),
-        (x, weight, added),
-    )
+    added = _input(torch.randn_like(x), x.requires_grad) if residual else None
+    return lambda: functional.batch_norm(x, weight, bias, *running, training=training, residual=added, **arguments)
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None) -> Replay:
     bias = None if weight is None else torch.zeros_like(weight)
-    return lambda: functional.layer_norm(x, weight, bias), (x, weight)
+    return lambda: functional.layer_norm(x, weight, bias)
 
 
 REPLAYS: dict[str, Callable[..., Replay]] = {
@@ -182,33 +219,43 @@ REPLAYS: dict[str, Callable[..., Replay]] = {
 }
 
 
-def _times(sides: dict[str, Callable[[], object]], capture: Capture | None) -> dict[str, float]:
-    """Median seconds of each, as `capture` records it. They take turns; what is clearly not the fastest drops out."""
+def _times(sides: dict[str, Callable[[], object]], calls: int, capture: Capture | None) -> dict[str, float]:
+    """Median seconds of one of the `calls` of each side, as `capture` records it. They take turns; what is clearly not
+    the fastest drops out."""
     synchronise = (lambda: None) if capture is None else torch.cuda.synchronize
 
-    def seconds(run: Callable[[], object], repeats: int) -> float:
+    def seconds(run: Callable[[], object]) -> float:
         synchronise()
         start = time.perf_counter()
         run()
         synchronise()
-        return (time.perf_counter() - start) / repeats
+        return time.perf_counter() - start
 
-    def repeated(side: Callable[[], object], repeats: int) -> Callable[[], None]:
-        def run() -> None:
+    def often(runs: Mapping[str, Callable[[], object]]) -> int:
+        """How often the fastest has to run. All run as often: a reading then costs all the same beside the calls."""
+        return math.ceil(LEAST_SECONDS / max(min(seconds(run) for run in runs.values()), 1e-7))
+
+    def repeated(run: Callable[[], object], repeats: int) -> Callable[[], None]:
+        def repeat() -> None:
             for _ in range(repeats):
-                side()
+                run()
 
-        return run if capture is None else capture(run)
+        return repeat
 
     for side in sides.values():
         side()  # compiles, allocates
-    repeats = {name: math.ceil(LEAST_SECONDS / max(seconds(side, 1), 1e-7)) for name, side in sides.items()}
-    runs = {name: repeated(side, repeats[name]) for name, side in sides.items()}
+    repeats = often(sides)
+    runs = {name: repeated(side, repeats) for name, side in sides.items()}
+    if capture is not None:  # a graph may be much shorter than what has recorded it
+        runs = {name: capture(run) for name, run in runs.items()}
+        replays = often(runs)
+        runs = {name: repeated(run, replays) for name, run in runs.items()}
+        repeats *= replays
     samples: dict[str, list[float]] = {name: [] for name in sides}
     running = list(sides)
     for turn in range(MOST_ROUNDS):
         for name in running:
-            samples[name].append(seconds(runs[name], repeats[name]))
+            samples[name].append(seconds(runs[name]) / (repeats * calls))
         if turn + 1 >= LEAST_ROUNDS:
             quartiles = {name: quantiles(values, n=4, method="inclusive") for name, values in samples.items()}
             fastest = min(running, key=lambda name: quartiles[name][1])

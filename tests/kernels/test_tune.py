@@ -18,7 +18,8 @@ from us3l_kernels.backends import BACKENDS, OPS, choose, measured
 from us3l_kernels.backends.aten import AtenBackend
 from us3l_kernels.backends.measured import Measurement, Table
 from us3l_kernels.errors import SettingError
-from us3l_kernels.tune import LEAST_ROUNDS, REPLAYS, _times, measure, record, tune
+from us3l_kernels.packed import PackedWeights
+from us3l_kernels.tune import LEAST_ROUNDS, REPLAYS, SETS, _measure, _times, measure, record, tune
 
 CONVOLUTION = {"out_channels": 16, "groups": 1, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
 needs_native = pytest.mark.skipif(_native.load() is None, reason=f"no native library: {_native.why}")
@@ -42,10 +43,10 @@ def weight() -> Tensor:
 
 
 def measurement(
-    x: Tensor, forward: dict[str, float], backward: dict[str, float] | None = None, w: Tensor | None = None
+    x: Tensor, forward: dict[str, float], training: dict[str, float] | None = None, w: Tensor | None = None
 ) -> Measurement:
     call = measured.describe("conv2d", x, weight() if w is None else w, CONVOLUTION)
-    return Measurement(call, torch.get_num_threads(), forward, backward)
+    return Measurement(call, torch.get_num_threads(), forward, training)
 
 
 def network() -> nn.Sequential:
@@ -61,7 +62,7 @@ def network() -> nn.Sequential:
 
 
 def test_the_fastest_is_chosen_by_what_is_needed() -> None:
-    m = measurement(images(), {"native": 2.0, "aten": 1.0}, {"native": 1.0, "aten": 3.0})
+    m = measurement(images(), {"native": 2.0, "aten": 1.0}, {"native": 3.0, "aten": 4.0})
     assert m.choice(gradients=False) == ("aten", "measured: native takes 2.00x as long")
     assert m.choice(gradients=True) == ("native", "measured: aten takes 1.33x as long")
     forward_only = measurement(images(), {"native": 2.0, "aten": 1.0})
@@ -84,7 +85,7 @@ def test_choose_follows_the_table(cache: Path, caplog: pytest.LogCaptureFixture)
     x, w = images(64), weight()
     heuristic = choose("conv2d", x, w, **CONVOLUTION)
     other = "aten" if heuristic == "native" else "native"
-    fast, slow = {heuristic: 2.0, other: 1.0}, {heuristic: 1.0, other: 3.0}
+    fast, slow = {heuristic: 2.0, other: 1.0}, {heuristic: 3.0, other: 4.0}
     measured.save("cpu", [measurement(x, fast, slow)])
     with caplog.at_level(logging.DEBUG, logger="us3l_kernels"):
         assert choose("conv2d", x, w, **CONVOLUTION) == other
@@ -148,7 +149,7 @@ def test_tune_measures_what_a_model_calls(cache: Path) -> None:
         assert {m.call[0] for m in measurements} >= {"conv2d", "batch_norm"}
     for m in measurements:
         assert (m.call, m.threads) in calls and list(m.forward) == [n for n in BACKENDS if n in m.forward]
-        assert m.backward is not None and min(*m.forward.values(), *m.backward.values()) > 0
+        assert m.training is not None and min(*m.forward.values(), *m.training.values()) > 0
     written = json.loads(cache.read_text(encoding="utf-8"))
     assert len(written["tables"]) == 1 and len(written["tables"][0]["calls"]) == len(measurements)
     assert [file.name for file in cache.parent.iterdir()] == [cache.name]
@@ -170,9 +171,85 @@ def test_a_gpu_is_timed_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         return partial(replayed.append, launches[-1])
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    times = _times({name: partial(launches.append, name) for name in "ab"}, capture)
+    times = _times({name: partial(launches.append, name) for name in "ab"}, 3, capture)
     assert times.keys() == set("ab") == set(replayed) and len(replayed) >= 2 * LEAST_ROUNDS
     assert [set(names) for names in recorded] == [{"a"}, {"b"}] and launches[-len(recorded[1]) :] == recorded[1]
+
+
+def test_all_are_repeated_as_often_as_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a graph's own time, and not by that of the host that has recorded it: 10 us and a call of 2 us."""
+    now = [0.0]
+    launched: list[str] = []
+    host, device = {"C++": 45e-6, "Python": 200e-6}, {"C++": 2e-6, "Python": 2e-6}
+
+    def launch(name: str) -> None:
+        now[0] += host[name]
+        launched.append(name)
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        before = len(launched)
+        work()
+        names = launched[before:]
+
+        def replay() -> None:
+            now[0] += 10e-6 + sum(device[name] for name in names)
+
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("us3l_kernels.tune.time.perf_counter", lambda: now[0])
+    times = _times({name: partial(launch, name) for name in host}, 1, capture)
+    assert times["C++"] == times["Python"]
+
+
+def test_calls_are_measured_as_a_step_on_a_gpu_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights packed at once, their gradients added at once; x changes, and its gradient is computed and not kept."""
+    monkeypatch.setitem(BACKENDS, "newcomer", Newcomer())
+    monkeypatch.setattr("us3l_kernels.tune.MOST_ROUNDS", 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    x, w = images(dtype=torch.bfloat16).requires_grad_(), nn.Parameter(weight())
+    with torch.autocast("cpu", torch.bfloat16):
+        (((call, threads), needed),) = record(lambda: functional.conv2d(x, w, padding=1)).items()
+    assert call[2][0] == "torch.bfloat16" and call[3][0] == "torch.float32" and needed == (True, True)
+    packs: list[int] = []
+    additions: list[int] = []
+    gradients: list[tuple[int, bool]] = []
+    pack, flush, backward = PackedWeights._pack, PackedWeights._flush, AtenBackend.conv2d_backward
+    monkeypatch.setattr(PackedWeights, "_pack", lambda self: packs.append(len(self._slices)) or pack(self))
+    monkeypatch.setattr(PackedWeights, "_flush", lambda self: additions.append(len(self._gradients)) or flush(self))
+
+    def seen(self: object, grad: Tensor, x: Tensor, w: Tensor, into: Tensor | None, *rest: object) -> object:
+        gradients.append((x.data_ptr(), into is not None))
+        return backward(self, grad, x, w, into, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(AtenBackend, "conv2d_backward", seen)
+    m = _measure(call, threads, *needed, capture=lambda work: work)
+    assert m is not None and m.training is not None and m.training.keys() == m.forward.keys()
+    assert set(packs) == {0, SETS} and set(additions) == {0, SETS}
+    assert len({address for address, _ in gradients}) == SETS and all(into for _, into in gradients)
+
+
+def test_what_was_measured_outlives_an_interruption(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table is written on the way, and no further call is measured after the time that is given."""
+    monkeypatch.setitem(BACKENDS, "newcomer", Newcomer())
+    monkeypatch.setattr("us3l_kernels.tune.MOST_ROUNDS", 1)
+    monkeypatch.setattr("us3l_kernels.tune.SAVED_EVERY", 2)
+    w = torch.randn(3, 5)
+
+    def model() -> None:
+        for rows in range(2, 7):
+            functional.linear(torch.randn(rows, 5), w)
+
+    def interrupted(text: str) -> None:
+        if text.startswith("4 of 5"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, progress=interrupted)
+    assert len(measured.load("cpu").measurements) == 2
+    assert tune(model, seconds=0) == []
+    assert len(measured.load("cpu").measurements) == 2
+    assert len(tune(model)) == 5 == len(measured.load("cpu").measurements)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -180,7 +257,7 @@ def test_on_a_gpu(cache: Path) -> None:
     x = torch.randn(8, 64, 16, 16, device="cuda").bfloat16().to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(64, 64, 3, 3, device="cuda", requires_grad=True)
     (measurement,) = tune(lambda: functional.conv2d(x, weight, padding=1))
-    assert measurement.backward is not None and measurement.forward.keys() == measurement.backward.keys()
+    assert measurement.training is not None and measurement.forward.keys() == measurement.training.keys()
     assert min(measurement.forward.values()) > 0
 
 
@@ -204,7 +281,7 @@ def test_a_new_backend_is_let_in(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(BACKENDS, "newcomer", Newcomer())
     x = torch.randn(4, 5)
     (m,) = tune(lambda: functional.linear(x, torch.randn(3, 5)))
-    assert {"aten", "newcomer"} <= m.forward.keys() and m.backward is None
+    assert {"aten", "newcomer"} <= m.forward.keys() and m.training is None
     measured.save("cpu", [Measurement(m.call, m.threads, {"aten": 2.0, "newcomer": 1.0}, None)])
     assert choose("linear", x, torch.randn(3, 5), out_features=3, in_features=5) == "newcomer"
 
@@ -236,13 +313,13 @@ def test_a_replay_makes_the_recorded_call(name: str, monkeypatch: pytest.MonkeyP
 
     def replayed(x: Tensor, w: Tensor | None, **arguments: object) -> object:
         tensors.append((x, w))
-        run, inputs = given(x, w, **arguments)
+        run = given(x, w, **arguments)
         assert {(k, t) for (k, t) in record(run)} == {(recorded, threads)}
-        return run, inputs
+        return run
 
     monkeypatch.setitem(REPLAYS, recorded[0], replayed)
     m = measure(recorded, threads, True, False)
-    assert m is not None and m.backward is not None
+    assert m is not None and m.training is not None
     assert tensors[0][0].requires_grad and (tensors[0][1] is None or not tensors[0][1].requires_grad)
 
 
@@ -286,30 +363,30 @@ def test_symbolic_sizes_are_left_to_the_heuristics(cache: Path) -> None:
         torch._dynamo.reset()
 
 
-GOOD = {"format": 1, "tables": []}
+GOOD = {"format": 2, "tables": []}
 BROKEN = {
     "not JSON": "{",
     "not ours": "[1, 2]",
-    "another format": json.dumps({**GOOD, "format": 2}),
-    "no tables": json.dumps({"format": 1}),
-    "no machine": json.dumps({"format": 1, "tables": [{"calls": []}]}),
+    "another format": json.dumps({**GOOD, "format": 1}),
+    "no tables": json.dumps({"format": 2}),
+    "no machine": json.dumps({"format": 2, "tables": [{"calls": []}]}),
     "binary": "\udcff",
 }
 ENTRIES = {
-    "no call": {"threads": 1, "forward": {"aten": 1.0}, "backward": None},
-    "unknown backend": {"call": [], "threads": 1, "forward": {"cudnn": 1.0}, "backward": None},
-    "different backends": {"call": [], "threads": 1, "forward": {"aten": 1.0}, "backward": {"native": 1.0}},
-    "no times": {"call": [], "threads": 1, "forward": {}, "backward": None},
-    "words for times": {"call": [], "threads": 1, "forward": {"native": "a", "aten": "b"}, "backward": None},
-    "a list for times": {"call": [], "threads": 1, "forward": ["aten"], "backward": None},
-    "not a call": {"call": {}, "threads": 1, "forward": {"aten": 1.0}, "backward": None},
+    "no call": {"threads": 1, "forward": {"aten": 1.0}, "training": None},
+    "unknown backend": {"call": [], "threads": 1, "forward": {"cudnn": 1.0}, "training": None},
+    "different backends": {"call": [], "threads": 1, "forward": {"aten": 1.0}, "training": {"native": 1.0}},
+    "no times": {"call": [], "threads": 1, "forward": {}, "training": None},
+    "words for times": {"call": [], "threads": 1, "forward": {"native": "a", "aten": "b"}, "training": None},
+    "a list for times": {"call": [], "threads": 1, "forward": ["aten"], "training": None},
+    "not a call": {"call": {}, "threads": 1, "forward": {"aten": 1.0}, "training": None},
 }
 
 
 @pytest.mark.parametrize("content", [*BROKEN, *ENTRIES])
 def test_a_broken_file_is_one_line_in_the_log(cache: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     table = {"machine": measured.machine("cpu"), "calls": [ENTRIES.get(content)]}
-    text = BROKEN.get(content) or json.dumps({"format": 1, "tables": [table]})
+    text = BROKEN.get(content) or json.dumps({"format": 2, "tables": [table]})
     cache.parent.mkdir()
     cache.write_bytes(text.encode("utf-8", "surrogateescape"))
     with caplog.at_level(logging.INFO, logger="us3l_kernels"):

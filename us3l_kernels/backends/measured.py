@@ -29,7 +29,7 @@ from us3l_kernels.version import __version__
 
 log = logging.getLogger("us3l_kernels")
 
-FORMAT = 1
+FORMAT = 2
 MARGIN = 0.03  # a later backend in the order of `auto` must be faster by more than this: noise decides nothing
 
 Call = tuple[Any, ...]
@@ -66,20 +66,17 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of a call by backend, in the order of `auto`. backward is None where no gradient was asked for."""
+    """Seconds of a call by backend, in the order of `auto`: forward alone, and (training) with the backward behind it,
+    None where no gradient was asked for."""
 
     call: Call
     threads: int
     forward: dict[str, float]
-    backward: dict[str, float] | None
+    training: dict[str, float] | None
 
     def seconds(self, gradients: bool) -> dict[str, float] | None:
-        """By backend; of forward and backward together if gradients are needed, None if that was not measured."""
-        if not gradients:
-            return self.forward
-        if self.backward is None:
-            return None
-        return {name: time + self.backward[name] for name, time in self.forward.items()}
+        """By backend; with the backward if gradients are needed, None if that was not measured."""
+        return self.training if gradients else self.forward
 
     def choice(self, gradients: bool) -> Choice | None:
         """The fastest backend, the earliest of those that are equal but for noise."""
@@ -192,10 +189,10 @@ def _measurement(entry: dict[str, Any]) -> Measurement:
     """Of its JSON form; raises KeyError, TypeError, ValueError or AttributeError for anything else."""
     from us3l_kernels.backends import BACKENDS
 
-    forward, backward = entry["forward"], entry["backward"]
-    if not forward or not forward.keys() <= BACKENDS.keys() or (backward and backward.keys() != forward.keys()):
-        raise ValueError(f"times of {list(forward)} and {list(backward or ())}, expected some of {list(BACKENDS)}")
-    return Measurement(_tuples(entry["call"]), entry["threads"], forward, backward)
+    forward, training = entry["forward"], entry["training"]
+    if not forward or not forward.keys() <= BACKENDS.keys() or (training and training.keys() != forward.keys()):
+        raise ValueError(f"times of {list(forward)} and {list(training or ())}, expected some of {list(BACKENDS)}")
+    return Measurement(_tuples(entry["call"]), entry["threads"], forward, training)
 
 
 def load(device: str) -> Table:
