@@ -417,7 +417,8 @@ def static_command(
     file.with_suffix(".md").write_text(static.markdown(result), encoding="utf-8")
     wrong = [f"sm_{row['capability']} {row['name']}: {'; '.join(row['problems'])}" for row in result["rows"]]
     wrong = [text for text, row in zip(wrong, result["rows"], strict=True) if row["problems"]]
-    output.print(f"{len(result['rows'])} binaries, {len(wrong)} not well: {file}")
+    more = sum(result["more_of_steps"].values())
+    output.print(f"{len(result['rows'])} binaries, {more} more of steps, {len(wrong)} not well: {file}")
     for text in wrong:
         output.print(text)
     if wrong:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from us3l_kernels.triton.reductions import Moments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST_CAPABILITY = 80
 MOST_CHANNELS_OF_LAYER_NORM = 8192  # that a program can hold: 16 values a thread, of each tensor
 
 # Where `auto` takes a convolution without a measurement: kernel sizes, and the most channels (of x or y) that it pays
@@ -96,6 +98,19 @@ def _add_bias_gradient(grad: Tensor, grad_bias: Tensor, sizes: triton.Sizes | No
     accumulate_(grad_bias[: grad.size(1)], total)
 
 
+@cache
+def _why_no_driver() -> str | None:
+    """Why Triton cannot launch here. Before version 3.9 it compiles its driver and its launchers, with a C compiler and
+    Python's headers."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.utils  # noqa: B018
+    except Exception as error:  # of whatever kind the compiler's failure is
+        return f"Triton's driver does not load: {type(error).__name__}: {str(error).strip()}"
+    return None
+
+
 class TritonBackend(Backend):
     """Its operations also take the numbers of active channels from the device (`sizes`): all tensors then have the
     channels of the full width, and what lies behind the active ones is neither read nor written."""
@@ -104,14 +119,15 @@ class TritonBackend(Backend):
     def unavailable(self) -> str | None:
         if triton.WHY_NOT_INSTALLED is not None:
             return triton.WHY_NOT_INSTALLED
-        if not triton.INTERPRETED and not torch.cuda.is_available():
+        if triton.DEVICE == "cuda" and not torch.cuda.is_available():
             return "no GPU is visible to torch (TRITON_INTERPRET=1 interprets the kernels on the CPU, for tests)"
-        return None
+        return None if triton.INTERPRETED else _why_no_driver()
 
     def why_not(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
-        device = "cpu" if triton.INTERPRETED else "cuda"
-        if x.device.type != device:
-            return f"it takes {device} tensors, x is on {x.device}"
+        if x.device.type != triton.DEVICE:
+            return f"it takes {triton.DEVICE} tensors, x is on {x.device}"
+        if triton.gpu_of(x).capability < LEAST_CAPABILITY:
+            return "Triton takes GPUs of compute capability 8.0 and later"
         reason = _why_not_dtypes(x, weight)
         if reason is None and op == "conv2d":
             assert weight is not None

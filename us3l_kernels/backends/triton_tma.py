@@ -25,7 +25,7 @@ class TritonTmaBackend(TritonBackend):
     def why_not(self, op: str, x: Tensor, weight: Tensor | None, **arguments: Any) -> str | None:
         assert weight is not None
         reason = super().why_not(op, x, weight, **arguments)
-        if reason is None and not triton.INTERPRETED and torch.cuda.get_device_capability(x.device) < (9, 0):
+        if reason is None and triton.gpu_of(x).capability < 90:
             reason = "it takes GPUs of compute capability 9.0 and later"
         return reason or _why_not(op, x, weight, **arguments)
 

@@ -15,14 +15,19 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 KERNEL_FILES = ("conv2d", "tma", "depthwise", "batch_norm", "layer_norm", "reductions")
 """The modules of this package that have `binaries(capability)`."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+"""Where the tensors of the kernels are."""
 
 WHY_NOT_INSTALLED = None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
 
@@ -31,6 +36,37 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Triton's names of the dtypes that kernels take, and the bytes of an element."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What launches ask of a GPU. shared_memory: bytes that a block may have."""
+
+    capability: int
+    multiprocessors: int
+    shared_memory: int
+
+
+def gpu_of(x: Tensor) -> Gpu:
+    """Where x is."""
+    return _gpu(x.device.index)
+
+
+@cache
+def _gpu(index: int | None) -> Gpu:
+    if index is None:  # the interpreter's
+        return Gpu(90, 4, SHARED_MEMORY[90])
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes microseconds on the host."""
+    return -(-a // b)
 
 
 @dataclass(frozen=True)

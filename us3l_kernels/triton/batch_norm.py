@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.triton import Active, Binary, Norm
+from us3l_kernels.triton import Active, Binary, Norm, ceil_div
 from us3l_kernels.triton.reductions import (
     CHUNKS,
     WARPS,
@@ -138,7 +138,7 @@ def statistics_kernel(
     c_ok = c < channels
     running_mean = load_vector(running_mean_ptr, c, channels, 0.0)
     running_var = load_vector(running_var_ptr, c, channels, 0.0)
-    for view in range(0, views):
+    for view in range(tl.program_id(1), views, tl.num_programs(1)):
         active = active_channels(channels, active_ptr, view // VIEWS, 1)
         lanes = tl.zeros((BLOCK_CHUNKS, 1), tl.float32)  # rows, mean and squared deviations so far, of every lane
         means = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
@@ -368,7 +368,7 @@ STATISTICS = {"BLOCK_CHUNKS": 512, "BLOCK_C": 8}
 
 
 def _block_c(channels: int) -> int:
-    return min(BLOCKS_C, key=lambda block: (triton.cdiv(channels, block) * block, -block))
+    return min(BLOCKS_C, key=lambda block: (ceil_div(channels, block) * block, -block))
 
 
 def _tile(block_c: int, vector: int) -> dict[str, int]:
@@ -378,7 +378,7 @@ def _tile(block_c: int, vector: int) -> dict[str, int]:
 def _reduction(rows: int, views: int, channels: int, vector: int) -> tuple[dict[str, int], int, int]:
     """(the tile, rows of a chunk, chunks of a view) where sums over rows are taken."""
     tile = _tile(_block_c(channels), vector)
-    most = max(1, CHUNKS // (triton.cdiv(channels, tile["BLOCK_C"]) * views))
+    most = max(1, CHUNKS // (ceil_div(channels, tile["BLOCK_C"]) * views))
     return tile, *in_chunks(rows, tile["BLOCK_ROWS"], most)
 
 
@@ -386,7 +386,7 @@ def _elementwise(rows: int, views: int, channels: int, vector: int) -> tuple[dic
     """(the tile, rows of a chunk, the grid) where no sums are taken."""
     tile = _tile(_block_c(channels), vector)
     per_chunk = tile["BLOCK_ROWS"] * TILES_A_PROGRAM
-    return tile, per_chunk, (max(1, triton.cdiv(rows, per_chunk)) * triton.cdiv(channels, tile["BLOCK_C"]), views)
+    return tile, per_chunk, (max(1, ceil_div(rows, per_chunk)) * ceil_div(channels, tile["BLOCK_C"]), views)
 
 
 def forward(
@@ -420,7 +420,7 @@ def forward(
         if moments is None:
             tile, per_chunk, chunks = _reduction(rows, views, channels, vector)
             moments = Moments(partial_sums(chunks, channels, x, views), per_chunk)
-            moments_kernel[(chunks * triton.cdiv(channels, tile["BLOCK_C"]), views)](
+            moments_kernel[(chunks * ceil_div(channels, tile["BLOCK_C"]), views)](
                 x,
                 moments.partials,
                 rows,
@@ -432,7 +432,8 @@ def forward(
                 **tile,
                 num_warps=WARPS,
             )
-        statistics_kernel[(triton.cdiv(channels, STATISTICS["BLOCK_C"]),)](
+        one_by_one = running_mean is not None  # which every view changes
+        statistics_kernel[(ceil_div(channels, STATISTICS["BLOCK_C"]), 1 if one_by_one else views)](
             moments.partials,
             mean,
             rstd,
@@ -505,7 +506,7 @@ def backward(
         vector, units, strides = in_units(channels, (grad, x, y, dresidual), active=active)
         tile, per_chunk, chunks = _reduction(rows, views, channels, vector)
         sums = partial_sums(chunks, channels, x, views)
-        sums_kernel[(chunks * triton.cdiv(channels, tile["BLOCK_C"]), views)](
+        sums_kernel[(chunks * ceil_div(channels, tile["BLOCK_C"]), views)](
             grad,
             x,
             y,

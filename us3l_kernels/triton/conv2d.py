@@ -33,7 +33,18 @@ import triton.language as tl
 from torch import Tensor
 
 from us3l_kernels.layout import convolved, is_rows
-from us3l_kernels.triton import DTYPES, SHARED_MEMORY, Active, Binary, Norm, Sizes, counts_of, units_of
+from us3l_kernels.triton import (
+    DTYPES,
+    SHARED_MEMORY,
+    Active,
+    Binary,
+    Norm,
+    Sizes,
+    ceil_div,
+    counts_of,
+    gpu_of,
+    units_of,
+)
 from us3l_kernels.triton.reductions import (
     Moments,
     active_channels,
@@ -52,6 +63,17 @@ def first_tap(phase, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.con
         tap = KERNEL - 1 - i
         first = tl.where((phase + PADDING - tap * DILATION) % STRIDE == 0, tap, first)
     return first
+
+
+@triton.jit
+def place_of(pixel, height, width):
+    """(image, row, column) of a pixel by its number. Of unsigned numbers: signed ones take more instructions to divide,
+    and dW does so for every step of its sum."""
+    line = pixel.to(tl.uint32) // width.to(tl.uint32)
+    image = line // height.to(tl.uint32)
+    row = line - image * height.to(tl.uint32)
+    column = pixel.to(tl.uint32) - line * width.to(tl.uint32)
+    return image.to(tl.int32), row.to(tl.int32), column.to(tl.int32)
 
 
 @triton.jit(
@@ -164,9 +186,8 @@ def product_kernel(
         source = (view * rows + row).to(tl.int64)
         target = source
     else:
-        w = row % rows_w
-        h = row // rows_w % rows_h
-        image = view * images + row // (rows_h * rows_w)
+        image, h, w = place_of(row, rows_h, rows_w)
+        image += view * images
         if GRADIENT:
             top = h + (phase_h + PADDING_H - first_h * DILATION_H) // STRIDE_H
             left = w + (phase_w + PADDING_W - first_w * DILATION_W) // STRIDE_W
@@ -372,9 +393,10 @@ def weight_gradient_kernel(
             source = row.to(tl.int64)
             x_ok = row_ok[:, None]
         else:
-            top = row // y_w % y_h * STRIDE_H
-            left = row % y_w * STRIDE_W
-            source = (row // (y_h * y_w) * x_h + top).to(tl.int64) * x_w + left
+            image, top, left = place_of(row, y_h, y_w)
+            top *= STRIDE_H
+            left *= STRIDE_W
+            source = (image * x_h + top).to(tl.int64) * x_w + left
             if FLAT:
                 y = top[:, None] + from_top[None, :]
                 x = left[:, None] + from_left[None, :]
@@ -422,6 +444,7 @@ def add_pieces_kernel(
     WIDTHS: tl.constexpr,
     INNERMOST: tl.constexpr,  # the channels of dw are: dw_in is 1
     VECTOR: tl.constexpr,
+    PIECES: tl.constexpr,  # that are loaded at a time
     BLOCK: tl.constexpr,
 ):
     """Adds the pieces, in their order, to the prefix of a gradient of any layout."""
@@ -432,7 +455,7 @@ def add_pieces_kernel(
     channel = element % in_size
     tap = element // in_size % taps
     out = element // (in_size * taps)
-    total = tl.zeros((BLOCK,), tl.float32)
+    lanes = tl.zeros((PIECES, BLOCK), tl.float32)
     written = ok
     if out_active_ptr is not None or in_active_ptr is not None:
         most_out = most_active_channels(size // (in_size * taps), out_active_ptr, WIDTHS)
@@ -444,8 +467,11 @@ def add_pieces_kernel(
             added = added & (out < tl.load(out_active_ptr + width))
         if in_active_ptr is not None:
             added = added & (channel < active_channels(in_size, in_active_ptr, width, VECTOR))
-        for piece in range(width * pieces, (width + 1) * pieces):
-            total += tl.load(pieces_ptr + tl.cast(piece, tl.int64) * size + element, mask=added, other=0.0)
+        for first in range(0, pieces, PIECES):
+            piece = first + tl.arange(0, PIECES)
+            place = (width * pieces + piece).to(tl.int64)[:, None] * size + element[None, :]
+            lanes += tl.load(pieces_ptr + place, mask=(piece < pieces)[:, None] & added[None, :], other=0.0)
+    total = tl.sum(lanes, 0)
     if not INNERMOST:
         channel *= dw_in
     at_tap = (tap // taps_w) * (dw_h * VECTOR) + (tap % taps_w) * (dw_w * VECTOR)
@@ -461,7 +487,8 @@ def add_pieces_kernel(
 class Tile:
     """What one block computes: m x n results, k terms of the sum at a time.
 
-    Used for results of at most `channels` channels, on GPUs of that compute capability or a later one.
+    Used for results of at most `channels` channels, on GPUs of that compute capability or a later one. pair: its
+    registers let a multiprocessor have two blocks, so that one loads and stores while the other multiplies.
     """
 
     m: int
@@ -470,10 +497,14 @@ class Tile:
     warps: int
     channels: int = 1 << 31
     capability: int = 80
+    pair: bool = False
 
     def stages(self, itemsize: int, shared_memory: int) -> int:
-        """How many loads are under way at a time: as many as fit, four at most."""
-        return max(1, min(4, (shared_memory - 2048) // ((self.m + self.n) * self.k * itemsize)))
+        """How many loads are under way at a time: four or as many as fit, but three if that leaves room for a pair."""
+        stage = (self.m + self.n) * self.k * itemsize
+        of_pair = (shared_memory // 2 - 2048) // stage
+        fit = of_pair if self.pair and of_pair >= 3 else (shared_memory - 2048) // stage
+        return max(1, min(4, fit))
 
 
 # In the order in which they are tried. By precision: of half precision, of float32 rounded to TF32 on the tensor cores,
@@ -481,27 +512,27 @@ class Tile:
 PRODUCT_TILES = {
     "half": (
         Tile(128, 64, 64, 4, channels=64),
-        Tile(128, 128, 64, 8, channels=192),
+        Tile(128, 128, 64, 8, channels=192, pair=True),
         Tile(128, 256, 64, 8, capability=90),
-        Tile(128, 128, 64, 8),
+        Tile(128, 128, 64, 8, pair=True),
     ),
     "tf32": (Tile(128, 64, 32, 4, channels=64), Tile(128, 128, 32, 8)),
     "ieee": (Tile(64, 64, 16, 8),),
     "any": (Tile(64, 64, 32, 8),),
     "any ieee": (Tile(64, 32, 16, 4, capability=100), Tile(64, 64, 16, 8)),
 }
-# Of dX with an epilogue, which needs registers for what it reads, and of dX for any width.
+# Of dX with an epilogue, which needs registers for what it reads, of a stride, and for any width.
 JOINED_TILES = {
     "half": (Tile(128, 64, 64, 8, channels=64), Tile(128, 128, 64, 8)),
-    "tf32": (Tile(64, 64, 32, 8),),
+    "tf32": (Tile(64, 32, 32, 8),),
     "ieee": (Tile(64, 32, 16, 8),),
     "any": (Tile(64, 64, 32, 8),),
     "any ieee": (Tile(64, 32, 16, 8),),
 }
-FEW_ROWS = {"half": Tile(64, 64, 64, 4), "tf32": Tile(64, 64, 32, 8)}
+FEW_ROWS = {"half": Tile(64, 64, 64, 4), "tf32": Tile(64, 32, 32, 8)}
 """Instead of those that would be fewer than the multiprocessors."""
 GRADIENT_TILES = {
-    "half": (Tile(64, 64, 64, 4, channels=64), Tile(128, 128, 64, 8)),
+    "half": (Tile(64, 64, 64, 4, channels=64), Tile(128, 128, 64, 8, pair=True)),
     "tf32": (Tile(64, 64, 32, 4, channels=64), Tile(128, 128, 32, 8)),
     "ieee": (Tile(32, 64, 32, 4),),
     "any": (Tile(64, 64, 32, 8),),
@@ -509,8 +540,9 @@ GRADIENT_TILES = {
 }
 COLUMNS_WITH_STATISTICS = 128  # at most: their epilogue holds the results once more, in float32
 LEAST_ROWS_OF_A_PIECE = 512
-BLOCKS_PER_MULTIPROCESSOR = 2  # that dW's pieces make, if there are rows enough
-ADDED_AT_A_TIME = 1024  # elements of dW, by one block
+BLOCKS_PER_MULTIPROCESSOR = 2  # that dW's pieces make at most, if there are rows enough
+ADDED = {"PIECES": 1, "BLOCK": 1024}  # pieces and elements of dW that a block loads at a time
+MANY_ADDED = {"PIECES": 16, "BLOCK": 256}  # of as many pieces or more, as a small dW has
 
 
 @dataclass(frozen=True)
@@ -546,27 +578,6 @@ class Geometry:
 
 POINT = Geometry((1, 1), (1, 1), (0, 0), (1, 1))
 """Of a 1x1 convolution, and of a matrix product: rows are pixels."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the launches ask of a GPU. shared_memory: bytes that a block may have."""
-
-    capability: int
-    multiprocessors: int
-    shared_memory: int
-
-
-@cache
-def device(index: int | None) -> Device:
-    if index is None:  # the interpreter's
-        return Device(90, 4, SHARED_MEMORY[90])
-    properties = torch.cuda.get_device_properties(index)
-    return Device(
-        10 * properties.major + properties.minor,
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-    )
 
 
 def _tile(
@@ -680,16 +691,16 @@ def _product(
     widths = 1 if sizes is None else sizes.widths
     parts = views or widths
     stride_h, stride_w = geometry.stride if gradient else (1, 1)
-    rows = images // parts * triton.cdiv(y_h, stride_h) * triton.cdiv(y_w, stride_w)  # the largest phase of a view
+    rows = images // parts * ceil_div(y_h, stride_h) * ceil_div(y_w, stride_w)  # the largest phase of a view
     phases = stride_h * stride_w
-    gpu = device(a.device.index)
+    gpu = gpu_of(a)
     most = 1 << 31 if views is None else COLUMNS_WITH_STATISTICS
-    joined = added is not None or norm is not None or (gradient and sizes is not None)
+    joined = added is not None or norm is not None or (gradient and (sizes is not None or phases > 1))
     tile = _tile(JOINED_TILES if joined else PRODUCT_TILES, precision, vector, n_size, gpu.capability, most)
-    few = parts * phases * triton.cdiv(rows, tile.m) * triton.cdiv(n_size, tile.n) < gpu.multiprocessors
+    few = parts * phases * ceil_div(rows, tile.m) * ceil_div(n_size, tile.n) < gpu.multiprocessors
     if few or (joined and _is_flat(geometry, k_size, tile.k)):  # which spills with larger tiles
         tile = FEW_ROWS.get(precision, tile) if vector > 1 else tile
-    tiles = triton.cdiv(rows, tile.m)
+    tiles = ceil_div(rows, tile.m)
     partials = None if views is None else partial_sums(phases * tiles, n_size, a, views)
     constants = _product_constants(
         geometry,
@@ -702,7 +713,7 @@ def _product(
         precision=precision,
     )
     with torch.cuda.device_of(a):
-        product_kernel[(tiles * parts * triton.cdiv(n_size, tile.n), phases)](
+        product_kernel[(tiles * parts * ceil_div(n_size, tile.n), phases)](
             a,
             weight,
             y,
@@ -807,6 +818,14 @@ def input_gradient(
     return None if sums is None else sums.partials
 
 
+@cache
+def _pieces(blocks: int, multiprocessors: int) -> int:
+    """Into how many to split the rows of dW, for which there are so many blocks: where the busiest multiprocessor has
+    the least to do. One block more than there is room for would make all wait for it."""
+    most = ceil_div(BLOCKS_PER_MULTIPROCESSOR * multiprocessors, blocks)
+    return min(range(1, most + 1), key=lambda pieces: (ceil_div(blocks * pieces, multiprocessors) / pieces, pieces))
+
+
 def _gradient_constants(geometry: Geometry, *, add: bool, flat: bool, vector: int, precision: str) -> dict[str, Any]:
     precision = "tf32" if precision == "half" else precision
     return {**geometry.constants(), "ADD": add, "FLAT": flat, "VECTOR": vector, "PRECISION": precision}
@@ -829,25 +848,25 @@ def weight_gradient(
         return
     grad, grad_stride = _pixels(grad)
     x, x_stride = _pixels(x)
-    gpu = device(x.device.index)
+    gpu = gpu_of(x)
     distances = _filters(grad_weight)
     vector = _vector(
         outputs, inputs, grad_stride, x_stride, *(distances or ()), *units_of(in_active, out_active)
     )
     tile = _tile(GRADIENT_TILES, precision, vector, inputs, gpu.capability)
     flat = _is_flat(geometry, inputs, tile.n)
-    columns = triton.cdiv(taps * inputs, tile.n) if flat else taps * triton.cdiv(inputs, tile.n)
-    blocks = triton.cdiv(outputs, tile.m) * columns * widths
-    wanted = triton.cdiv(BLOCKS_PER_MULTIPROCESSOR * gpu.multiprocessors, blocks)
-    rows_of_piece = triton.cdiv(max(triton.cdiv(rows, wanted), LEAST_ROWS_OF_A_PIECE), tile.k) * tile.k
-    pieces = triton.cdiv(rows, rows_of_piece)
+    columns = ceil_div(taps * inputs, tile.n) if flat else taps * ceil_div(inputs, tile.n)
+    blocks = ceil_div(outputs, tile.m) * columns * widths
+    wanted = _pieces(blocks, gpu.multiprocessors)
+    rows_of_piece = ceil_div(max(ceil_div(rows, wanted), LEAST_ROWS_OF_A_PIECE), tile.k) * tile.k
+    pieces = ceil_div(rows, rows_of_piece)
 
     add = pieces * widths == 1 and distances is not None
     shape = (widths, pieces, outputs, taps, inputs)
     destination = grad_weight if add else grad.new_empty(shape, dtype=torch.float32)
     dw_out, dw_tap = distances if add and distances is not None else (taps * inputs, inputs)
     with torch.cuda.device_of(x):
-        weight_gradient_kernel[(triton.cdiv(outputs, tile.m), columns, widths * pieces)](
+        weight_gradient_kernel[(ceil_div(outputs, tile.m), columns, widths * pieces)](
             grad,
             x,
             destination,
@@ -881,7 +900,8 @@ def _add_pieces(
     dw_out, dw_in, dw_h, dw_w = (stride if count > 1 else 0 for stride, count in layout)
     innermost = dw_in <= 1
     vector = _vector(inputs, dw_out, dw_h, dw_w, *units_of(in_active)) if innermost else 1
-    add_pieces_kernel[(triton.cdiv(size, ADDED_AT_A_TIME),)](
+    tile = MANY_ADDED if number >= MANY_ADDED["PIECES"] else ADDED
+    add_pieces_kernel[(ceil_div(size, tile["BLOCK"]),)](
         pieces,
         grad_weight,
         number,
@@ -897,7 +917,7 @@ def _add_pieces(
         WIDTHS=widths,
         INNERMOST=innermost,
         VECTOR=vector,
-        BLOCK=ADDED_AT_A_TIME,
+        **tile,
     )
 
 
@@ -969,22 +989,8 @@ def binaries(capability: int) -> Iterator[Binary]:
     for any_width in (False, True):
         for dtype in ("fp32",) if any_width else DTYPES:
             for vector, innermost in ((8, True), (1, True), (1, False)):
-                name = f"dW, pieces added {dtype}{_ANY if vector == 1 else ''}{'' if innermost else ', any layout'}"
-                yield Binary(
-                    name + _ANY_WIDTH * any_width,
-                    add_pieces_kernel,
-                    {"pieces_ptr": "*fp32", "dw_ptr": f"*{dtype}", **_COUNTS_OF_DW},
-                    {
-                        **({"WIDTHS": 2} if any_width else {"WIDTHS": 1, **dict.fromkeys(_COUNTS_OF_DW)}),
-                        "INNERMOST": innermost,
-                        "VECTOR": vector,
-                        "BLOCK": ADDED_AT_A_TIME,
-                    },
-                    warps=4,
-                    stages=3,
-                    matrix=False,
-                    narrow=4 * any_width if vector > 1 else None,
-                )
+                for added in (ADDED, MANY_ADDED):
+                    yield _added_binary(dtype, vector, innermost, added, any_width)
 
 
 def _for_any_width(capability: int) -> Iterator[Binary]:
@@ -1121,3 +1127,19 @@ def _gradient_binary(
     name = f"dW {geometry}{', added' * add}{_ANY_WIDTH * any_width}"
     narrow = None if precision == "tf32" else 4 * any_width  # see _product_binary; here it is both factors
     return _tiled(capability, name, weight_gradient_kernel, pointers, constants, tile, dtype, narrow)
+
+
+def _added_binary(dtype: str, vector: int, innermost: bool, tile: dict[str, int], any_width: bool) -> Binary:
+    of_width = {"WIDTHS": 2} if any_width else {"WIDTHS": 1, **dict.fromkeys(_COUNTS_OF_DW)}
+    many = tile is MANY_ADDED
+    name = f"dW, {'many ' * many}pieces added {dtype}{_ANY if vector == 1 else ''}"
+    return Binary(
+        f"{name}{'' if innermost else ', any layout'}{_ANY_WIDTH * any_width}",
+        add_pieces_kernel,
+        {"pieces_ptr": "*fp32", "dw_ptr": f"*{dtype}", **_COUNTS_OF_DW},
+        {**of_width, "INNERMOST": innermost, "VECTOR": vector, **tile},
+        warps=4,
+        stages=3,
+        matrix=False,
+        narrow=2 * many + 4 * any_width if vector > 1 else None,  # many pieces leave a thread two results
+    )

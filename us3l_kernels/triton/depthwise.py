@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.triton import DTYPES, Active, Binary, Norm
-from us3l_kernels.triton.conv2d import Geometry, first_tap
+from us3l_kernels.triton import DTYPES, Active, Binary, Norm, ceil_div
+from us3l_kernels.triton.conv2d import Geometry, first_tap, place_of
 from us3l_kernels.triton.reductions import (
     CHUNKS,
     STAGE2,
@@ -273,9 +273,10 @@ def filter_sums_kernel(
             mask=pixel_ok[:, None, None] & c_ok[None, None, :],
             other=0.0,
         )
-        row = pixel // y_w % y_h * STRIDE_H - PADDING_H + tap_h * DILATION_H
-        column = (pixel % y_w * STRIDE_W - PADDING_W)[:, None] + (tap_w * DILATION_W)[None, :]
-        source = (pixel // (y_w * y_h) * x_h + row).to(tl.int64)[:, None] * x_w + column
+        image, row, column = place_of(pixel, y_h, y_w)
+        row = row * STRIDE_H - PADDING_H + tap_h * DILATION_H
+        column = (column * STRIDE_W - PADDING_W)[:, None] + (tap_w * DILATION_W)[None, :]
+        source = (image * x_h + row).to(tl.int64)[:, None] * x_w + column
         inside = (pixel_ok & (row >= 0) & (row < x_h))[:, None] & (column >= 0) & (column < x_w) & (tap_w < KW)[None, :]
         x = tl.load(
             x_ptr + (source * (x_stride.to(tl.int64) * VECTOR))[:, :, None] + c[None, None, :],
@@ -352,17 +353,17 @@ def _correlate(
     views = norm.mean.size(0) if norm is not None else 1 if active is None else active.widths
     images //= views
     phases = geometry.stride if gradient else (1, 1)
-    rows_h, rows_w = triton.cdiv(height, phases[0]), triton.cdiv(width, phases[1])
+    rows_h, rows_w = ceil_div(height, phases[0]), ceil_div(width, phases[1])
     vector, units, strides = in_units(channels, (a, y, added, norm_x, norm_y), active=active)
     pixels = _block_pixels(vector, y.element_size(), joined=added is not None or norm is not None)
     tile_w = min(TILE, triton.next_power_of_2(rows_w))
     tile_h = min(TILE, triton.next_power_of_2(rows_h), pixels // tile_w)
     images_of_tile = pixels // (tile_h * tile_w)
-    tiles = triton.cdiv(images, images_of_tile) * triton.cdiv(rows_h, tile_h) * triton.cdiv(rows_w, tile_w)
+    tiles = ceil_div(images, images_of_tile) * ceil_div(rows_h, tile_h) * ceil_div(rows_w, tile_w)
     # Filters with channels innermost, so that a program reads a tap as a vector.
     taps = weight[:channels].flatten(1).t().contiguous()
     partials = None if norm is None else partial_sums(math.prod(phases) * tiles, channels, a, views)
-    correlation_kernel[(views * tiles * triton.cdiv(channels, BLOCK_C), math.prod(phases))](
+    correlation_kernel[(views * tiles * ceil_div(channels, BLOCK_C), math.prod(phases))](
         a,
         taps,
         y,
@@ -448,7 +449,7 @@ def weight_gradient(
     grad, x = as_rows(grad), as_rows(x)
     vector, units, strides = in_units(channels, (grad, x), active=active)
     constants = _gradient_constants(geometry, vector, x.element_size())
-    blocks_c = triton.cdiv(channels, BLOCK_C)
+    blocks_c = ceil_div(channels, BLOCK_C)
     per_chunk, chunks = in_chunks(pixels, constants["BLOCK_PIXELS"], max(1, CHUNKS // (blocks_c * kh * widths)))
     partials = torch.empty(widths, chunks, kh * kw, channels, dtype=torch.float32, device=x.device)
     of_widths = {"active_ptr": None if active is None else active.counts, "WIDTHS": widths}
@@ -468,7 +469,7 @@ def weight_gradient(
         num_warps=WARPS,
     )
     dw_out, _, dw_h, dw_w = grad_weight.stride()
-    add_filters_kernel[(triton.cdiv(channels, STAGE2["BLOCK_C"]), kh * kw)](
+    add_filters_kernel[(ceil_div(channels, STAGE2["BLOCK_C"]), kh * kw)](
         partials,
         grad_weight,
         chunks,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.triton import Binary
+from us3l_kernels.triton import Binary, ceil_div
 from us3l_kernels.triton.reductions import CHUNKS, add_sums, in_chunks, load_vector, partial_sums
 from us3l_kernels.triton.rows import as_rows, in_units, new_rows
 
@@ -149,7 +149,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
         return y, mean, rstd
     vector, units, strides = in_units(channels, (x, y), -1)
     tile = _tile(channels)
-    layer_norm_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]),)](
+    layer_norm_kernel[(ceil_div(rows, tile["BLOCK_ROWS"]),)](
         x,
         y,
         weight,

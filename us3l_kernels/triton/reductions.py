@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.triton import Active, Binary
+from us3l_kernels.triton import Active, Binary, ceil_div
 
 
 @triton.jit
@@ -180,8 +180,8 @@ class Moments(NamedTuple):
 
 def in_chunks(rows: int, block: int, most: int) -> tuple[int, int]:
     """(rows of a chunk, chunks): whole blocks, at most `most` chunks, at least one."""
-    per_chunk = block * max(1, -(-rows // (block * most)))
-    return per_chunk, max(1, -(-rows // per_chunk))
+    per_chunk = block * max(1, ceil_div(rows, block * most))
+    return per_chunk, max(1, ceil_div(rows, per_chunk))
 
 
 def add_sums(
@@ -195,7 +195,7 @@ def add_sums(
     """The second stage: adds sums of g and of g * normalised x to the gradients, and gives their means per view."""
     views, chunks, _, channels = partials.shape
     tile = STAGE2 if chunks <= CHUNKS else STAGE2_OF_TILES
-    add_sums_kernel[(triton.cdiv(channels, tile["BLOCK_C"]),)](
+    add_sums_kernel[(ceil_div(channels, tile["BLOCK_C"]),)](
         partials,
         means,
         grad_weight,

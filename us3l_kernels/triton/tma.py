@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.triton import SHARED_MEMORY, Binary
-from us3l_kernels.triton.conv2d import FEW_ROWS, PRODUCT_TILES, Tile, device
+from us3l_kernels.triton import SHARED_MEMORY, Binary, ceil_div, gpu_of
+from us3l_kernels.triton.conv2d import FEW_ROWS, PRODUCT_TILES, Tile
 from us3l_kernels.triton.rows import VECTOR, as_rows, row_stride
 
 # ---------------------------------------------------------------------------------------------- kernel
@@ -91,7 +91,7 @@ def _product(a: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, gradi
     a, weight = _described(a), _described(weight)
     k_size, n_size = a.size(1), y.size(1)
     rows = y.numel() // n_size
-    gpu = device(a.device.index)
+    gpu = gpu_of(a)
     tile = next(t for t in PRODUCT_TILES["half"] if n_size <= t.channels and gpu.capability >= t.capability)
     if _tiles(tile, rows, n_size) < gpu.multiprocessors:
         tile = FEW_ROWS["half"]
@@ -132,7 +132,7 @@ def _described(t: Tensor) -> Tensor:
 
 
 def _tiles(tile: Tile, rows: int, channels: int) -> int:
-    return triton.cdiv(rows, tile.m) * triton.cdiv(channels, tile.n)
+    return ceil_div(rows, tile.m) * ceil_div(channels, tile.n)
 
 
 def _stages(tile: Tile, shared_memory: int) -> int:

@@ -79,6 +79,15 @@ def test_every_binary(capability):
         check(binary, capability)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", static.CAPABILITIES)
+def test_every_binary_of_steps(capability):
+    more = static.binaries_of_steps(capability)
+    assert len(more) > 100
+    for binary in more:
+        assert static.problems(static.compile_binary(binary, capability), binary) == [], binary.name
+
+
 def test_names_tell_binaries_apart():
     for capability in static.CAPABILITIES:
         names = Counter(binary.name for binary in static.binaries(capability))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels.triton.epilogues import EPILOGUES, check_epilogue, surrounded
-from us3l_kernels import functional
+from us3l_kernels import functional, triton
 from us3l_kernels.backends import backend
 from us3l_kernels.triton import Norm
 from us3l_kernels.triton import conv2d as kernels
@@ -74,7 +74,7 @@ def test_convolution(case, dtype):
 @pytest.mark.parametrize("channels", [16, 136, 200])
 def test_large_tiles(channels, monkeypatch):
     """Those that a GPU takes for enough pixels: here it has one multiprocessor, which any number keeps busy."""
-    monkeypatch.setattr(kernels, "device", lambda index: kernels.Device(90, 1, 227 << 10))
+    monkeypatch.setattr(triton, "_gpu", lambda index: triton.Gpu(90, 1, 227 << 10))
     dtype, geometry = torch.float16, kernels.Geometry((1, 2), (1, 1), (0, 1), (1, 1))
     x, weight = random(2, channels, 5, 4, dtype=dtype), random(channels, channels, 1, 2, dtype=dtype) / channels**0.5
     xd, wd = x.double().requires_grad_(), weight.double().requires_grad_()
@@ -133,7 +133,7 @@ def test_epilogue_of_dx(case, epilogue, dtype):
 
 def test_epilogue_of_large_tiles(monkeypatch):
     """As on a GPU with pixels enough."""
-    monkeypatch.setattr(kernels, "device", lambda index: kernels.Device(90, 1, 227 << 10))
+    monkeypatch.setattr(triton, "_gpu", lambda index: triton.Gpu(90, 1, 227 << 10))
     dtype, geometry = torch.float16, kernels.Geometry((1, 2), (1, 1), (0, 1), (1, 1))
     weight = random(40, 200, 1, 2, dtype=dtype)
     x, dx, other = (random(2, 200, 9, 8, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(3))

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from us3l_kernels import functional
+from us3l_kernels import functional, triton
 from us3l_kernels.backends import BACKENDS, backend, choose
 from us3l_kernels.triton import tma
-from us3l_kernels.triton.conv2d import Device
 
 CANARY = 3.0
 TOLERANCE = 3e-3  # largest error over largest value
@@ -102,7 +101,7 @@ def test_what_no_descriptor_can_have_is_copied():
 @pytest.mark.parametrize("channels", [16, 136, 200])
 def test_large_tiles(channels, monkeypatch):
     """Those that a GPU takes for enough pixels, and several of them by one block: here it has one multiprocessor."""
-    monkeypatch.setattr(tma, "device", lambda index: Device(90, 1, 227 << 10))
+    monkeypatch.setattr(triton, "_gpu", lambda index: triton.Gpu(90, 1, 227 << 10))
     c = random(2, channels, 12, 13)
     check("conv2d", c, random(2, channels, 12, 13), random(channels, channels, 1, 1) / channels**0.5, (channels,) * 2)
 
