@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from us3l_kernels import backend, doctor, functional
+from us3l_kernels import backend, doctor, functional, triton
 from us3l_kernels.backends import BACKENDS, BackendError, measured
+from us3l_kernels.backends import triton as of_triton
 from us3l_kernels.backends.measured import Measurement
 
 TRITON = BACKENDS["triton"]
@@ -29,6 +30,25 @@ def test_without_a_gpu_it_says_so():
 def test_it_declines_tensors_that_are_not_on_a_gpu():
     reason = TRITON.why_not("conv2d", images(8), torch.empty(8, 8, 3, 3), out_channels=8, **GEOMETRY)
     assert reason == "it takes cuda tensors, x is on cpu"
+
+
+@pytest.mark.parametrize("op,parameter", [("conv2d", (8, 8, 3, 3)), ("batch_norm", (8,))])
+def test_it_declines_gpus_that_triton_does_not_take(op, parameter, monkeypatch):
+    call = {**GEOMETRY, "out_channels": 8} if op == "conv2d" else {"training": True, "views": 1}
+    monkeypatch.setattr(triton, "DEVICE", "cpu")
+    monkeypatch.setattr(triton, "_gpu", lambda index: triton.Gpu(75, 40, 64 << 10))
+    assert "8.0 and later" in TRITON.why_not(op, images(8), torch.empty(parameter), **call)
+    monkeypatch.setattr(triton, "_gpu", lambda index: triton.Gpu(80, 108, 163 << 10))
+    assert TRITON.why_not(op, images(8), torch.empty(parameter), **call) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_triton_cannot_launch_it_is_unavailable(monkeypatch):
+    """As on a machine without a C compiler, which Triton before 3.9 needs: `auto` then goes on to the next backend."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(of_triton, "_why_no_driver", of_triton._why_no_driver.__wrapped__)  # the cached one remembers
+    assert TRITON.unavailable().startswith("Triton's driver does not load: ")
 
 
 @pytest.mark.parametrize(
