@@ -100,53 +100,69 @@ def backends(op: str) -> list[str]:
 def microseconds(setup: Setup, sides: Mapping[str, Callable[[int], object]], rounds: int = 7) -> dict[str, Any]:
     """Median microseconds of each side, which take turns; the error of one that fails is in its place.
 
-    A side is called with the number of the input set.
+    A side is called with the number of the input set. On a GPU a CUDA graph of that is timed. All sides are repeated as
+    often as the fastest has to be, so that what a reading costs beside the calls is the same for all of them.
     """
-    runs: dict[str, tuple[Callable[[], object], int]] = {}
-    errors: dict[str, str] = {}
-    for name, side in sides.items():
-        if name in setup.barred:
-            errors[name] = LEFT_OUT
-            continue
-        try:
-            with harness.charged_to(name, setup.device):
-                runs[name] = repeated(setup, side)
-        except Exception as error:  # that of the side: the others are measured
-            errors[name] = harness.told(error)
+    errors = {name: LEFT_OUT for name in sides if name in setup.barred}
+    stream = torch.cuda.Stream() if setup.device.type == "cuda" else None
+
+    def of_each(work: Callable[[str], Any]) -> dict[str, Any]:
+        """work(name) of the sides that have not failed."""
+        results = {}
+        for name in sides:
+            if name not in errors:
+                try:
+                    with harness.charged_to(name, setup.device):
+                        results[name] = work(name)
+                except Exception as error:  # that of the side: the others are measured
+                    errors[name] = harness.told(error)
+        return results
+
+    def repeated(run: Callable[[], object], turns: int) -> Callable[[], None]:
+        def repeat() -> None:
+            for _ in range(turns):
+                run()
+
+        return repeat
+
+    def over_sets(name: str) -> None:
+        for index in range(SETS):
+            sides[name](index)
+
+    def seconds(run: Callable[[], object]) -> float:
+        return harness.interleave({"": lambda _: run()}, rounds=1, warmup=1, synchronise=setup.synchronise)[""][0]
+
+    def often(taken: Mapping[str, float]) -> int:
+        return 1 if setup.smoke or not taken else max(1, min(100, math.ceil(LEAST_MS * 1e-3 / min(taken.values()))))
+
+    def eager(name: str) -> float:
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            over_sets(name)  # compiles, chooses algorithms
+            return seconds(partial(over_sets, name))
+
+    def captured(name: str) -> Callable[[], None]:
+        work = repeated(partial(over_sets, name), turns)
+        if stream is None:
+            return work
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            work()
+        return graph.replay
+
+    setup.synchronise()  # the inputs may have been made on another stream
+    turns = often(of_each(eager))
+    graphs = of_each(captured)
+    # Most kernels are much shorter than what launches them.
+    replays = 1 if stream is None else often(of_each(lambda name: seconds(graphs[name])))
+    runs = of_each(lambda name: repeated(graphs[name], replays))
     samples = harness.interleave(
-        {name: lambda turn, run=run: run() for name, (run, _) in runs.items()},
+        {name: lambda turn, run=run: run() for name, run in runs.items()},
         rounds=1 if setup.smoke else rounds,
         warmup=1,
         synchronise=setup.synchronise,
     )
-    times = {name: median(values) / runs[name][1] * 1e6 for name, values in samples.items()}
+    times = {name: median(values) / (turns * replays * SETS) * 1e6 for name, values in samples.items()}
     return {"us": times} | ({"errors": errors} if errors else {})
-
-
-def repeated(setup: Setup, side: Callable[[int], object]) -> tuple[Callable[[], object], int]:
-    """What runs the side so often that it takes `LEAST_MS`, and how often that is: on a GPU a CUDA graph of it."""
-
-    def once() -> None:
-        for index in range(SETS):
-            side(index)
-
-    setup.synchronise()  # the inputs may have been made on another stream
-    stream = torch.cuda.Stream() if setup.device.type == "cuda" else None
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
-        once()  # compiles, chooses algorithms
-        (seconds,) = harness.interleave({"": lambda _: once()}, rounds=1, warmup=1, synchronise=setup.synchronise)[""]
-    turns = 1 if setup.smoke else max(1, min(100, math.ceil(LEAST_MS * 1e-3 / seconds)))
-
-    def work() -> None:
-        for _ in range(turns):
-            once()
-
-    if stream is None:
-        return work, turns * SETS
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    return graph.replay, turns * SETS
 
 
 @dataclass(frozen=True)
@@ -903,7 +919,8 @@ def packing(setup: Setup) -> Iterator[Item]:
 
 
 def updates(setup: Setup) -> Iterator[Item]:
-    """Optimizers with the regulariser inside, and EMA: our kernels, torch's foreach operations, torch's fused ones."""
+    """Optimizers with the regulariser inside, and EMA: our kernels, torch's foreach operations, torch's fused ones; as
+    a step runs them (`eager_us`: the host's work is in it), and in a graph."""
 
     @contextmanager
     def without_kernels() -> Iterator[None]:
@@ -934,17 +951,18 @@ def updates(setup: Setup) -> Iterator[Item]:
         for how, context in {"kernel": nullcontext, "foreach": without_kernels}.items():
             ema = optim.EMA([w.clone() for w in weights], weights, 0.99)
             sides[f"EMA, {how}"] = partial(_inside, context, ema.update)
-        # Eager: a graph would freeze the number of AdamW's step.
         samples = harness.interleave(
             {name: lambda turn, side=side: side(0) for name, side in sides.items()},
             rounds=1 if setup.smoke else 20,
             warmup=2,
             synchronise=setup.synchronise,
         )
+        # A graph would freeze the number of AdamW's step.
+        times = microseconds(setup, {name: side for name, side in sides.items() if "AdamW" not in name})
         limit, elements = rates(setup), sum(w.numel() for w in weights)
         moved = {"SGD": 20, "AdamW": 28, "EMA": 12}
-        return {
-            "us": {name: median(values) * 1e6 for name, values in samples.items()},
+        return times | {
+            "eager_us": {name: median(values) * 1e6 for name, values in samples.items()},
             "floor_us": {name: limit.floor_us(0, size * elements) for name, size in moved.items()},
         }
 

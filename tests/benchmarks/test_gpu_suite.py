@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_sections, gpu_suite, tables
+from benchmarks import gpu_sections, gpu_suite, harness, tables
 from benchmarks.gpu_sections import SECTIONS, Item, Setup
 from us3l_kernels.backends import BACKENDS
 
@@ -209,59 +209,88 @@ def test_imports_need_little_installed() -> None:
     subprocess.run([sys.executable, "-c", program], cwd=tables.README.parent, check=True, timeout=300)
 
 
-BREAKING = """
-import sys
-import torch
-from benchmarks import gpu_sections, gpu_suite, harness
+class BrokenGpu:
+    """A device that is broken by what calls `break_`, for the rest of its process."""
 
-broken = []
+    def __init__(self) -> None:
+        self.broken = False
 
-def work(fails=False):
-    broken.extend(["the device"] * fails)
-    if broken:
-        raise torch.AcceleratorError("illegal address")
-    return {"value": 1}
+    def break_(self) -> None:
+        self.broken = True
+        self.use()
 
-def breaking(setup):
-    def side(fails):
-        return {"one": lambda _: work(fails), "two": lambda _: work()}
+    def use(self) -> dict[str, Any]:
+        if self.broken:
+            raise RuntimeError("an illegal memory access was encountered")
+        return {"value": 1}
 
-    yield "fine", work
-    yield "breaks", lambda: work(fails=True)
-    yield "fine after it", work
-    yield "breaks behind the host", lambda: broken.append("the device") or {"value": 2}
-    yield "fine after that", work
-    for turn in range(4):
-        yield f"side {turn}", lambda: gpu_sections.microseconds(setup, side(True))
-    yield "no more", lambda: gpu_sections.microseconds(setup, side(False))
+    def why_broken(self, *_: object) -> str | None:
+        return "illegal access" if self.broken else None
 
-harness.why_broken = lambda device, stream=None: "illegal address" if broken else None
-gpu_suite.SECTIONS[1]["failing"] = (breaking, 1.0)
-gpu_suite.main(sys.argv[1:])
-"""
+    def section(self, setup: Setup) -> Iterator[Item]:
+        def break_behind_the_host() -> dict[str, Any]:
+            self.broken = True
+            return {"value": 2}
+
+        sides = {"one": lambda _: self.break_(), "two": lambda _: self.use()}
+        yield "raises", lambda: {}["missing"]
+        yield "fine", self.use
+        yield "breaks", self.break_
+        yield "fine after it", self.use
+        yield "breaks behind the host", break_behind_the_host
+        for turn in range(gpu_suite.BARRED):
+            yield f"side {turn}", lambda: gpu_sections.microseconds(setup, sides)
+        yield "no more", lambda: gpu_sections.microseconds(setup, sides)
 
 
-def test_what_breaks_the_device_is_charged_for_it_and_the_rest_goes_on_in_another_process(
+def test_what_breaks_the_device_is_charged_for_it_and_the_rest_goes_on(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An illegal address is an exception, after which every call of the process fails."""
+    """An illegal address is an exception, after which every call of the process fails: it is to end there."""
+    gpu = BrokenGpu()
+    monkeypatch.setitem(SECTIONS[1], "failing", (gpu.section, 1.0))
+    monkeypatch.setattr(harness, "why_broken", gpu.why_broken)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    codes = []
+    for _ in range(10):
+        gpu.broken = False
+        try:
+            gpu_suite.run_section(1, "failing", setup)
+        except SystemExit as ended:
+            codes.append(ended.code)
+    assert codes == [gpu_suite.BROKEN] * (2 + gpu_suite.BARRED)
+    items = json.loads(gpu_suite.finish(1, "failing", setup).read_text(encoding="utf-8"))["items"]
+    assert items["fine"]["value"] == items["fine after it"]["value"] == 1 and "broken" not in items["raises"]
+    assert items["breaks"]["error"] == "RuntimeError: an illegal memory access was encountered"
+    assert items["breaks behind the host"]["error"] == "illegal access"
+    for turn in range(gpu_suite.BARRED):
+        assert items[f"side {turn}"]["broken"] == "one" and "illegal memory" in items[f"side {turn}"]["error"]
+    assert items["no more"]["errors"] == {"one": gpu_sections.LEFT_OUT} and items["no more"]["us"].keys() == {"two"}
+
+
+@pytest.mark.slow
+def test_another_process_goes_on_where_one_was_broken(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SECTIONS[1], "failing", (failing, 1.0))
+    program = (
+        "import sys\n"
+        "from benchmarks import gpu_suite, harness\n"
+        "from tests.benchmarks.test_gpu_suite import BrokenGpu\n"
+        "gpu = BrokenGpu()\n"
+        "harness.why_broken = gpu.why_broken\n"
+        "gpu_suite.SECTIONS[1]['failing'] = (gpu.section, 1.0)\n"
+        "gpu_suite.main(sys.argv[1:])\n"
+    )
     popen = subprocess.Popen
 
     def started(command: list[str], **options: Any) -> Any:
-        return popen([command[0], "-c", BREAKING, *command[2:]] if "--section" in command else command, **options)
+        return popen([command[0], "-c", program, *command[2:]] if "--section" in command else command, **options)
 
     monkeypatch.setattr(gpu_suite.subprocess, "Popen", started)
-    gpu_suite.main(["--part", "1", "--out", str(setup.out), "--device", "cpu", "--smoke", "--only", "failing"])
+    options = ["--part", "1", "--out", str(setup.out), "--device", "cpu", "--smoke", "--only", "failing"]
+    gpu_suite.main(options)
     items = json.loads((setup.out / "part1_failing.json").read_text(encoding="utf-8"))["items"]
-    assert items["fine"]["value"] == items["fine after it"]["value"] == items["fine after that"]["value"] == 1
-    assert items["breaks"]["error"] == "AcceleratorError: illegal address" and items["breaks"]["broken"] == ""
-    assert items["breaks behind the host"]["error"] == "illegal address"
-    for turn in range(gpu_suite.BARRED):
-        assert items[f"side {turn}"]["broken"] == "one"
-        assert items[f"side {turn}"]["error"] == "Broken: by one <- AcceleratorError: illegal address"
-    for later in (f"side {gpu_suite.BARRED}", "no more"):
-        assert items[later]["errors"] == {"one": gpu_sections.LEFT_OUT} and items[later]["us"].keys() == {"two"}
+    assert items["breaks"]["error"] == "RuntimeError: an illegal memory access was encountered"
+    assert items["fine after it"]["value"] == 1 and items["no more"]["us"].keys() == {"two"}
 
 
 def test_no_gpu_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
