@@ -27,7 +27,7 @@ struct Cut {
     depth = kBlock / tiles.lanes;
     const int64_t steps = (rows + depth - 1) / depth;  // of a block that has all rows
     const int64_t share = std::max<int64_t>(wanted / (tiles.count * views), 1);
-    const int64_t length = std::clamp<int64_t>((steps + share - 1) / share, kUnroll, kLongest);
+    const int64_t length = std::min(round_up(std::max<int64_t>((steps + share - 1) / share, 1), kUnroll), kLongest);
     block_rows = length * depth;
     blocks = static_cast<int32_t>((rows + block_rows - 1) / block_rows);
   }
@@ -79,6 +79,25 @@ __device__ __forceinline__ const float* at(const float* vector, int64_t i) {
   return vector == nullptr ? nullptr : vector + i;
 }
 
+// R rows, `depth` apart, of W channels. A kernel asks for all that a step reads before it stores any of it: the compiler
+// leaves loads behind a store, which may be to where they read. Its launch bounds leave it the registers for that, which
+// are worth more than another block on the SM: three times as many bytes are on their way.
+template <class T, int R, int W>
+__device__ __forceinline__ void load_rows(Rows<const T> from, int64_t row, int depth, int channel, float (&to)[R][W]) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) load(from.data + (row + i * depth) * from.stride + channel, to[i]);
+}
+
+// A thread's rows: step(first, R) with as many at a time as it has in flight, then one by one.
+template <int W, class Step>
+__device__ __forceinline__ void for_rows(const Place<W>& place, int depth, const Step& step) {
+  int64_t r = place.begin;
+#pragma unroll 1
+  for (; r + (kUnroll - 1) * depth < place.end; r += kUnroll * depth) step(r, std::integral_constant<int, kUnroll>());
+#pragma unroll 1
+  for (; r < place.end; r += depth) step(r, std::integral_constant<int, 1>());
+}
+
 // Mean and sum of squared deviations of `count` values, made those of `more` more (Chan, Golub and LeVeque, 1983).
 template <class Real>
 __device__ __forceinline__ void merge_moments(Real& mean, Real& m2, Real count, Real other_mean, Real other_m2,
@@ -116,20 +135,12 @@ __global__ void __launch_bounds__(kBlock) statistics_kernel(Rows<const T> x, Cut
   __shared__ float shared_count[kBlock];
   const Place<W> place(cut);
   float mean[W] = {}, m2[W] = {}, count = 0.0f;
-  const T* const column = x.data + place.channel;
-  int64_t r = place.begin;
-  if (r < place.end) load(column + r * x.stride, mean);
-  for (; r + (kUnroll - 1) * cut.depth < place.end; r += kUnroll * cut.depth) {
-    float v[kUnroll][W];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) load(column + (r + i * cut.depth) * x.stride, v[i]);
+  if (place.begin < place.end) load(x.data + place.begin * x.stride + place.channel, mean);
+  for_rows(place, cut.depth, [&](int64_t r, auto rows) {
+    float v[rows][W];
+    load_rows(x, r, cut.depth, place.channel, v);
     add_rows(v, count, mean, m2);
-  }
-  for (; r < place.end; r += cut.depth) {
-    float v[1][W];
-    load(column + r * x.stride, v[0]);
-    add_rows(v, count, mean, m2);
-  }
+  });
 
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
@@ -224,47 +235,50 @@ struct Affine {
 };
 
 template <class T, int W>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 3)
     apply_kernel(Rows<const T> x, Rows<const T> residual, Rows<T> y, Cut cut, Norm norm) {
   const Place<W> place(cut);
   if (!place.inside) return;
   const Affine<W> affine(norm, place);
-#pragma unroll 2
-  for (int64_t r = place.begin; r < place.end; r += cut.depth) {
-    float v[W], add[W] = {};
-    load(x.data + r * x.stride + place.channel, v);
-    if (residual.data != nullptr) load(residual.data + r * residual.stride + place.channel, add);
+  for_rows(place, cut.depth, [&](int64_t r, auto rows) {
+    float v[rows][W], add[rows][W] = {};
+    load_rows(x, r, cut.depth, place.channel, v);
+    if (residual.data != nullptr) load_rows(residual, r, cut.depth, place.channel, add);
 #pragma unroll
-    for (int k = 0; k < W; ++k) {
-      v[k] = affine(v[k], k) + add[k];
-      v[k] = v[k] < norm.clamp.low ? norm.clamp.low : v[k];
-      v[k] = v[k] > norm.clamp.high ? norm.clamp.high : v[k];
+    for (int i = 0; i < rows; ++i) {
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        v[i][k] = affine(v[i][k], k) + add[i][k];
+        v[i][k] = v[i][k] < norm.clamp.low ? norm.clamp.low : v[i][k];
+        v[i][k] = v[i][k] > norm.clamp.high ? norm.clamp.high : v[i][k];
+      }
+      store(y.data + (r + i * cut.depth) * y.stride + place.channel, v[i]);
     }
-    store(y.data + r * y.stride + place.channel, v);
-  }
+  });
 }
 
-// The gradient behind the activation, whose output is read from y or computed once more. Without an activation the clamp
-// has no bounds: a comparison with NaN is false.
-template <bool kReadsY, class T, int W>
-__device__ __forceinline__ void load_gradient(Rows<const T> grad, Rows<const T> y, int64_t r, int channel,
-                                              const Clamp& clamp, const Affine<W>& affine, const float (&x)[W],
-                                              float (&g)[W]) {
-  float out[W];
-  load(grad.data + r * grad.stride + channel, g);
-  if constexpr (kReadsY) {
-    load(y.data + r * y.stride + channel, out);
-  } else {
+// x of R rows, and the gradient behind the activation, whose output is read from y or computed once more. Without an
+// activation the clamp has no bounds: a comparison with NaN is false.
+template <bool kReadsY, class T, int R, int W>
+__device__ __forceinline__ void load_gradient(Rows<const T> grad, Rows<const T> x, Rows<const T> y, int64_t r, int depth,
+                                              int channel, const Clamp& clamp, const Affine<W>& affine, float (&v)[R][W],
+                                              float (&g)[R][W]) {
+  float out[R][W];
+  load_rows(grad, r, depth, channel, g);
+  if constexpr (kReadsY) load_rows(y, r, depth, channel, out);
+  load_rows(x, r, depth, channel, v);
 #pragma unroll
-    for (int k = 0; k < W; ++k) out[k] = static_cast<float>(static_cast<T>(affine(x[k], k)));  // as it was stored
-  }
+  for (int i = 0; i < R; ++i)
 #pragma unroll
-  for (int k = 0; k < W; ++k) g[k] = out[k] <= clamp.low || out[k] >= clamp.high ? 0.0f : g[k];
+    for (int k = 0; k < W; ++k) {
+      if constexpr (!kReadsY) out[i][k] = static_cast<float>(static_cast<T>(affine(v[i][k], k)));  // as it was stored
+      g[i][k] = out[i][k] <= clamp.low || out[i][k] >= clamp.high ? 0.0f : g[i][k];
+    }
 }
 
 // Sums over the rows of g, the gradient behind the activation, and of g (x - mean). Writes g to `masked`, unless null.
 template <bool kReadsY, class T, int W>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 2)
     reduce_kernel(Rows<const T> grad, Rows<const T> x, Rows<const T> y, Rows<T> masked, Cut cut, Norm norm, float* sums_g,
                   float* sums_gx) {
   __shared__ float shared_g[W][kBlock], shared_gx[W][kBlock];
@@ -272,18 +286,19 @@ __global__ void __launch_bounds__(kBlock)
   float sum_g[W] = {}, sum_gx[W] = {};
   if (place.inside) {
     const Affine<W> affine(norm, place);
-#pragma unroll kUnroll
-    for (int64_t r = place.begin; r < place.end; r += cut.depth) {
-      float v[W], g[W];
-      load(x.data + r * x.stride + place.channel, v);
-      load_gradient<kReadsY>(grad, y, r, place.channel, norm.clamp, affine, v, g);
+    for_rows(place, cut.depth, [&](int64_t r, auto rows) {
+      float v[rows][W], g[rows][W];
+      load_gradient<kReadsY>(grad, x, y, r, cut.depth, place.channel, norm.clamp, affine, v, g);
 #pragma unroll
-      for (int k = 0; k < W; ++k) {
-        sum_g[k] += g[k];
-        sum_gx[k] += g[k] * (v[k] - affine.mean[k]);
+      for (int i = 0; i < rows; ++i) {
+#pragma unroll
+        for (int k = 0; k < W; ++k) {
+          sum_g[k] += g[i][k];
+          sum_gx[k] += g[i][k] * (v[i][k] - affine.mean[k]);
+        }
+        if (masked.data != nullptr) store(masked.data + (r + i * cut.depth) * masked.stride + place.channel, g[i]);
       }
-      if (masked.data != nullptr) store(masked.data + r * masked.stride + place.channel, g);
-    }
+    });
   }
 
   const int thread = static_cast<int>(threadIdx.x);
@@ -347,7 +362,7 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <bool kReadsY, class T, int W>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 2)
     input_gradient_kernel(Rows<const T> grad, Rows<const T> x, Rows<const T> y, Rows<T> dx, Cut cut, Norm norm,
                           const float* slopes, const float* offsets) {
   const Place<W> place(cut);
@@ -356,15 +371,17 @@ __global__ void __launch_bounds__(kBlock)
   float slope[W], offset[W];
   load_vector(slopes + place.vector, 0.0f, slope);
   load_vector(offsets + place.vector, 0.0f, offset);
-#pragma unroll 2
-  for (int64_t r = place.begin; r < place.end; r += cut.depth) {
-    float v[W], g[W];
-    load(x.data + r * x.stride + place.channel, v);
-    load_gradient<kReadsY>(grad, y, r, place.channel, norm.clamp, affine, v, g);
+  for_rows(place, cut.depth, [&](int64_t r, auto rows) {
+    float v[rows][W], g[rows][W];
+    load_gradient<kReadsY>(grad, x, y, r, cut.depth, place.channel, norm.clamp, affine, v, g);
 #pragma unroll
-    for (int k = 0; k < W; ++k) v[k] = fmaf(g[k], affine.scale[k], fmaf(v[k] - affine.mean[k], slope[k], offset[k]));
-    store(dx.data + r * dx.stride + place.channel, v);
-  }
+    for (int i = 0; i < rows; ++i) {
+#pragma unroll
+      for (int k = 0; k < W; ++k)
+        v[i][k] = fmaf(g[i][k], affine.scale[k], fmaf(v[i][k] - affine.mean[k], slope[k], offset[k]));
+      store(dx.data + (r + i * cut.depth) * dx.stride + place.channel, v[i]);
+    }
+  });
 }
 
 // Blocks that fill a GPU: of a pass that is merged, and of one that is not.
