@@ -99,10 +99,9 @@ __device__ __forceinline__ void for_rows(const Place<W>& place, int depth, const
 }
 
 // Mean and sum of squared deviations of `count` values, made those of `more` more (Chan, Golub and LeVeque, 1983).
-template <class Real>
-__device__ __forceinline__ void merge_moments(Real& mean, Real& m2, Real count, Real other_mean, Real other_m2,
-                                              Real more) {
-  const Real delta = other_mean - mean, share = more / (count + more);
+__device__ __forceinline__ void merge_moments(float& mean, float& m2, float count, float other_mean, float other_m2,
+                                              float more) {
+  const float delta = other_mean - mean, share = more / (count + more);
   mean += delta * share;
   m2 += other_m2 + delta * delta * count * share;
 }
@@ -165,41 +164,44 @@ struct Statistics {
   float *mean, *rstd, *running_mean, *running_var;
 };
 
+// Chan's combination, of all blocks at once: let d be the deviation of a block's mean from that of the first block, then
+// with s the sum of count d, the mean moves by s / rows, and the squares about it come to those of the blocks and of the
+// sum of count d^2, less s^2 / rows. Blocks of y have a view each, or one has them all in turn.
 __global__ void __launch_bounds__(kBlock)
-    finish_statistics_kernel(const float* means, const float* m2s, Cut cut, double momentum, double eps, Statistics to) {
-  __shared__ double shared_mean[kBlock], shared_m2[kBlock], shared_count[kBlock];
-  const int thread = static_cast<int>(threadIdx.x), slice = thread / kColumns;
-  const int channel = static_cast<int>(blockIdx.x) * kColumns + thread % kColumns;
-  const bool inside = channel < cut.tiles.channels;
-  for (int view = 0; view < cut.views; ++view) {
-    double mean = 0.0, m2 = 0.0, count = 0.0;
-    for (int block = slice; inside && block < cut.blocks; block += kSlices) {
-      const int64_t partial = (int64_t{view} * cut.blocks + block) * cut.tiles.channels + channel;
-      const int64_t left = cut.rows - block * cut.block_rows;
-      const auto more = static_cast<double>(left < cut.block_rows ? left : cut.block_rows);
-      merge_moments<double>(mean, m2, count, means[partial], m2s[partial], more);
-      count += more;
-    }
-    shared_mean[thread] = mean, shared_m2[thread] = m2, shared_count[thread] = count;
-    __syncthreads();
-    if (slice == 0 && inside) {
-      for (int other = thread + kColumns; other < kBlock; other += kColumns) {
-        if (shared_count[other] == 0.0) continue;
-        merge_moments(mean, m2, count, shared_mean[other], shared_m2[other], shared_count[other]);
-        count += shared_count[other];
-      }
-      to.mean[view * cut.tiles.channels + channel] = static_cast<float>(mean);
-      to.rstd[view * cut.tiles.channels + channel] = static_cast<float>(1.0 / sqrt(m2 / count + eps));
+    finish_statistics_kernel(const float* means, const float* m2s, Merging merging, Cut cut, double momentum, double eps,
+                             Statistics to) {
+  __shared__ double shared[2][kBlock];
+  const int64_t channels = cut.tiles.channels, channel = merging.column_of_thread();
+  const bool inside = channel < channels;
+  const auto rows = static_cast<double>(cut.rows), share = 1.0 / rows, full = static_cast<double>(cut.block_rows),
+             last = static_cast<double>(cut.rows - (cut.blocks - 1) * cut.block_rows);
+  for (int view = static_cast<int>(blockIdx.y); view < cut.views; view += static_cast<int>(gridDim.y)) {
+    const int64_t first = int64_t{view} * cut.blocks * channels + channel;
+    const double origin = inside ? means[first] : 0.0;
+    double sums[2];
+    const auto load = [&](int block, float(&to)[2]) {
+      to[0] = means[first + block * channels];
+      to[1] = m2s[first + block * channels];
+    };
+    const auto add = [&](int block, const float(&moments)[2], double(&to)[2]) {
+      const double d = moments[0] - origin, weighted = (block == cut.blocks - 1 ? last : full) * d;
+      to[0] += weighted;
+      to[1] += moments[1] + weighted * d;
+    };
+    if (sum_of_blocks(merging, inside, shared, sums, load, add)) {
+      const double shift = sums[0] * share, mean = origin + shift, m2 = sums[1] - sums[0] * shift;
+      to.mean[view * channels + channel] = static_cast<float>(mean);
+      to.rstd[view * channels + channel] = static_cast<float>(1.0 / sqrt(m2 * share + eps));
       if (to.running_mean != nullptr) {
         float& running = to.running_mean[channel];
         running = static_cast<float>(running + momentum * (mean - running));
       }
       if (to.running_var != nullptr) {
         float& running = to.running_var[channel];
-        running = static_cast<float>(running + momentum * (m2 / (count - 1.0) - running));
+        running = static_cast<float>(running + momentum * (m2 / (rows - 1.0) - running));
       }
     }
-    __syncthreads();  // before the next view's partial results
+    __syncthreads();  // before the next view's sums
   }
 }
 
@@ -326,27 +328,25 @@ struct Gradients {
 };
 
 __global__ void __launch_bounds__(kBlock)
-    finish_gradients_kernel(const float* sums_g, const float* sums_gx, Cut cut, Norm norm, Gradients to) {
-  __shared__ double shared_g[kBlock], shared_gx[kBlock];
-  const int thread = static_cast<int>(threadIdx.x), slice = thread / kColumns;
-  const int channel = static_cast<int>(blockIdx.x) * kColumns + thread % kColumns;
-  const bool inside = channel < cut.tiles.channels;
+    finish_gradients_kernel(const float* sums_g, const float* sums_gx, Merging merging, Cut cut, Norm norm, Gradients to) {
+  __shared__ double shared[2][kBlock];
+  const int64_t channels = cut.tiles.channels, channel = merging.column_of_thread();
+  const bool inside = channel < channels;
   double grad_weight = 0.0, grad_bias = 0.0;
   for (int view = 0; view < cut.views; ++view) {
-    double sum_g = 0.0, sum_gx = 0.0;
-    for (int block = slice; inside && block < cut.blocks; block += kSlices) {
-      const int64_t partial = (int64_t{view} * cut.blocks + block) * cut.tiles.channels + channel;
-      sum_g += sums_g[partial];
-      sum_gx += sums_gx[partial];
-    }
-    shared_g[thread] = sum_g, shared_gx[thread] = sum_gx;
-    __syncthreads();
-    if (slice == 0 && inside) {
-      for (int other = thread + kColumns; other < kBlock; other += kColumns) {
-        sum_g += shared_g[other];
-        sum_gx += shared_gx[other];
-      }
-      const int64_t vector = int64_t{view} * cut.tiles.channels + channel;
+    const int64_t first = int64_t{view} * cut.blocks * channels + channel;
+    double sums[2];
+    const auto load = [&](int block, float(&to)[2]) {
+      to[0] = sums_g[first + block * channels];
+      to[1] = sums_gx[first + block * channels];
+    };
+    const auto add = [](int, const float(&partial)[2], double(&to)[2]) {
+      to[0] += partial[0];
+      to[1] += partial[1];
+    };
+    if (sum_of_blocks(merging, inside, shared, sums, load, add)) {
+      const auto [sum_g, sum_gx] = sums;
+      const int64_t vector = view * channels + channel;
       const double rstd = norm.rstd[vector], weight = norm.weight != nullptr ? norm.weight[channel] : 1.0;
       const double scale = to.training ? rstd * weight / static_cast<double>(cut.rows) : 0.0;
       to.slope[vector] = static_cast<float>(-scale * rstd * rstd * sum_gx);
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(kBlock)
     }
     __syncthreads();  // before the next view's sums
   }
-  if (slice != 0 || !inside) return;
+  if (merging.slice_of_thread() != 0 || !inside) return;
   if (to.weight != nullptr) to.weight[channel] += static_cast<float>(grad_weight);
   if (to.bias != nullptr) to.bias[channel] += static_cast<float>(grad_bias);
 }
@@ -463,8 +463,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(
         Tensor partials = torch::stable::new_empty(x, {2 * cut.partials()}, ScalarType::Float);
         float *const means = partials.mutable_data_ptr<float>(), *const m2s = means + cut.partials();
         stream.launch(statistics_kernel<T, W>, cut.grid(), cut.threads(), in, cut, means, m2s);
-        stream.launch(finish_statistics_kernel, blocks_for(channels, kColumns), kBlock, means, m2s, cut, momentum,
-                      eps, statistics);
+        const Merging merging(cut.blocks);
+        dim3 grid = blocks_for(channels, merging.columns);
+        // Running statistics take one view after the other.
+        if (!running_mean.has_value() && !running_var.has_value()) grid.y = static_cast<unsigned>(views);
+        stream.launch(finish_statistics_kernel, grid, kBlock, means, m2s, merging, cut, momentum, eps, statistics);
       }
       if (x.numel() == 0) return;
       const Cut cut(views, shape.rows, channels, W, kMapping);
@@ -528,8 +531,9 @@ std::tuple<Tensor, Tensor> batch_norm_backward(
         const auto reduce = reads_y ? reduce_kernel<true, T, W> : reduce_kernel<false, T, W>;
         stream.launch(reduce, cut.grid(), cut.threads(), behind, in, mask_y, masked, cut, norm, sums_g, sums_gx);
       }
-      stream.launch(finish_gradients_kernel, blocks_for(channels, kColumns), kBlock, sums_g, sums_gx, cut, norm,
-                    gradients);
+      const Merging merging(cut.blocks);
+      stream.launch(finish_gradients_kernel, blocks_for(channels, merging.columns), kBlock, sums_g, sums_gx, merging, cut,
+                    norm, gradients);
       if (!need_grad_x || x.numel() == 0) return;
       // The gradient of the residual is the one behind the activation already.
       Norm rest = norm;

@@ -34,27 +34,65 @@ __device__ __forceinline__ void merge_rows(int rows, int row_threads, const Merg
   }
 }
 
-// The second stage, for results that blocks have left: kSlices threads for each column, which take the blocks in turn.
-constexpr int kSlices = 16, kColumns = kBlock / kSlices;
+// The second stage, for results that blocks have left: a block of it has some columns, and for each of them `slices`
+// threads, which take the first stage's blocks in turn, kFew at a time.
+struct Merging {
+  static constexpr int32_t kFew = 4;
 
-// The column of a thread.
-__device__ __forceinline__ int64_t column_of_thread() {
-  return int64_t{blockIdx.x} * kColumns + static_cast<int>(threadIdx.x) % kColumns;
+  int32_t blocks, slices = 1, columns;  // columns: of a block
+
+  explicit Merging(int64_t blocks) : blocks(static_cast<int32_t>(blocks)) {
+    constexpr int32_t kMost = 16;
+    while (slices < kMost && slices * kFew < blocks) slices *= 2;
+    columns = kBlock / slices;
+  }
+
+  __device__ __forceinline__ int slice_of_thread() const { return static_cast<int>(threadIdx.x) / columns; }
+  __device__ __forceinline__ int64_t column_of_thread() const {
+    return int64_t{blockIdx.x} * columns + static_cast<int>(threadIdx.x) % columns;
+  }
+};
+
+// The K sums of what add(block, values, sums) adds of a block's K values, which load(block, values) reads, over all blocks
+// in a fixed order, if `inside`; true for the one thread of a column that has them.
+template <int K, class Load, class Add>
+__device__ __forceinline__ bool sum_of_blocks(const Merging& merging, bool inside, double (&shared)[K][kBlock],
+                                              double (&sums)[K], const Load& load, const Add& add) {
+  const int thread = static_cast<int>(threadIdx.x), slice = merging.slice_of_thread(), blocks = inside ? merging.blocks : 0;
+#pragma unroll
+  for (int k = 0; k < K; ++k) sums[k] = 0.0;
+#pragma unroll 1
+  for (int block = slice; block < blocks; block += Merging::kFew * merging.slices) {
+    float values[Merging::kFew][K] = {};
+#pragma unroll
+    for (int i = 0; i < Merging::kFew; ++i)
+      if (block + i * merging.slices < blocks) load(block + i * merging.slices, values[i]);
+#pragma unroll
+    for (int i = 0; i < Merging::kFew; ++i)
+      if (block + i * merging.slices < blocks) add(block + i * merging.slices, values[i], sums);
+  }
+  if (merging.slices == 1) return inside;
+#pragma unroll
+  for (int k = 0; k < K; ++k) shared[k][thread] = sums[k];
+  __syncthreads();
+  if (slice != 0 || !inside) return false;
+  for (int other = thread + merging.columns; other < kBlock; other += merging.columns)
+#pragma unroll
+    for (int k = 0; k < K; ++k) sums[k] += shared[k][other];
+  return true;
 }
 
-// The sum of a thread's column of partials [blocks][columns], in a fixed order; true for the one thread that has it.
-__device__ __forceinline__ bool sum_of_blocks(const float* partials, int64_t blocks, int64_t columns,
-                                              double (&shared)[kBlock], double& sum) {
-  const int thread = static_cast<int>(threadIdx.x), slice = thread / kColumns;
-  const int64_t i = column_of_thread();
-  sum = 0.0;
-  if (i < columns)
-    for (int64_t block = slice; block < blocks; block += kSlices) sum += partials[block * columns + i];
-  shared[thread] = sum;
-  __syncthreads();
-  if (slice != 0 || i >= columns) return false;
-  for (int other = thread + kColumns; other < kBlock; other += kColumns) sum += shared[other];
-  return true;
+// The sum of a thread's column of partials [blocks][columns].
+__device__ __forceinline__ bool sum_of_blocks(const Merging& merging, const float* partials, int64_t columns,
+                                              double (&shared)[1][kBlock], double& sum) {
+  const int64_t i = merging.column_of_thread();
+  double sums[1];
+  const bool last = sum_of_blocks(
+      merging, i < columns, shared, sums,
+      [&](int block, float(&to)[1]) { to[0] = partials[block * columns + i]; },
+      [&](int, const float(&value)[1], double(&to)[1]) { to[0] += value[0]; });
+  sum = sums[0];
+  return last;
 }
 
 inline dim3 blocks_for(int64_t columns, int each) { return dim3(static_cast<unsigned>((columns + each - 1) / each)); }

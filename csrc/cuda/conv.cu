@@ -320,13 +320,12 @@ __global__ void __launch_bounds__(kThreads, NT < 9 ? 3 : 2)
 
 // The second stage: adds the pieces to the gradient of the filters, of any strides.
 __global__ void __launch_bounds__(kBlock)
-    finish_gradient_kernel(const float* partials, int64_t pieces, int inputs, int outputs, int taps, int tap_columns,
+    finish_gradient_kernel(const float* partials, Merging merging, int inputs, int outputs, int taps, int tap_columns,
                            float* grad_weight, int64_t output, int64_t input, int64_t row, int64_t column) {
-  __shared__ double shared[kBlock];
+  __shared__ double shared[1][kBlock];
   double sum;
-  if (!sum_of_blocks(partials, pieces, int64_t{taps} * inputs * outputs, shared, sum)) return;
-  const int64_t i = column_of_thread();
-  const int64_t line = i / outputs, tap = line / inputs;
+  if (!sum_of_blocks(merging, partials, int64_t{taps} * inputs * outputs, shared, sum)) return;
+  const int i = static_cast<int>(merging.column_of_thread()), line = i / outputs, tap = line / inputs;
   grad_weight[i % outputs * output + line % inputs * input + tap / tap_columns * row + tap % tap_columns * column] +=
       static_cast<float>(sum);
 }
@@ -429,8 +428,9 @@ class Convolution {
       stream_.launch(gradient_product_kernel<T, chunks>, grid, kThreads, seen, static_cast<const T*>(dy.const_data_ptr()),
                      row_stride(dy, 1), static_cast<int>(outputs_), static_cast<uint32_t>(pixels),
                      static_cast<uint32_t>(length), partials.mutable_data_ptr<float>());
-      stream_.launch(finish_gradient_kernel, blocks_for(lines * outputs_, kColumns), kBlock,
-                     partials.const_data_ptr<float>(), grid.z, static_cast<int>(x_.size(1)), static_cast<int>(outputs_),
+      const Merging merging(grid.z);
+      stream_.launch(finish_gradient_kernel, blocks_for(lines * outputs_, merging.columns), kBlock,
+                     partials.const_data_ptr<float>(), merging, static_cast<int>(x_.size(1)), static_cast<int>(outputs_),
                      static_cast<int>(taps), static_cast<int>(weight_.size(3)), grad_weight.mutable_data_ptr<float>(),
                      grad_weight.stride(0), grad_weight.stride(1), grad_weight.stride(2), grad_weight.stride(3));
     });

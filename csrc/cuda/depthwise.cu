@@ -283,12 +283,12 @@ __global__ void __launch_bounds__(kBlock, 1)  // one block at least: the compile
 
 // The second stage: adds the blocks' sums to the gradient of the filters, of any strides.
 __global__ void __launch_bounds__(kBlock)
-    finish_filter_gradient_kernel(const float* partials, int64_t blocks, int64_t taps, int channels, int width,
+    finish_filter_gradient_kernel(const float* partials, Merging merging, int64_t taps, int channels, int width,
                                   float* grad_weight, int64_t channel, int64_t row, int64_t column) {
-  __shared__ double shared[kBlock];
+  __shared__ double shared[1][kBlock];
   double sum;
-  if (!sum_of_blocks(partials, blocks, taps * channels, shared, sum)) return;
-  const int64_t i = column_of_thread();
+  if (!sum_of_blocks(merging, partials, taps * channels, shared, sum)) return;
+  const int64_t i = merging.column_of_thread();
   const int64_t tap = i / channels;
   grad_weight[i % channels * channel + tap / width * row + tap % width * column] += static_cast<float>(sum);
 }
@@ -373,8 +373,9 @@ class Depthwise {
       Tensor partials = floats({cut.blocks, this->taps(), channels_});
       stream_.launch(filter_gradient_kernel<T, width, kernel, stride>, cut.grid(), cut.threads(), x, dy, rows_, columns_,
                      cut, partials.mutable_data_ptr<float>());
-      stream_.launch(finish_filter_gradient_kernel, blocks_for(this->taps() * channels_, kColumns), kBlock,
-                     partials.const_data_ptr<float>(), cut.blocks, this->taps(), static_cast<int>(channels_),
+      const Merging merging(cut.blocks);
+      stream_.launch(finish_filter_gradient_kernel, blocks_for(this->taps() * channels_, merging.columns), kBlock,
+                     partials.const_data_ptr<float>(), merging, this->taps(), static_cast<int>(channels_),
                      columns_.kernel, static_cast<float*>(grad_weight.mutable_data_ptr()), grad_weight.stride(0),
                      grad_weight.stride(2), grad_weight.stride(3));
     };
