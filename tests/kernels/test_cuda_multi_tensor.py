@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import hypothesis.strategies as st
 import pytest
@@ -376,3 +377,64 @@ def test_the_optimizer_hands_its_work_to_the_kernel(cuda_host, kind, monkeypatch
             assert cuda_host.launches() - before == 2 * use_kernel  # with and without teachers, or step and average
     for a, b in zip([*plain, *plain_teachers], [*other, *other_teachers], strict=True):
         torch.testing.assert_close(b, a, rtol=4e-6, atol=4e-6)
+
+
+CONV = (6, 4, 3, 3)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+# What goes with a contiguous vector and a filter in channels_last; the strides that are named, or None if it is taken.
+STRIDES = {
+    "alike": ([torch.zeros(5), channels_last(torch.zeros(CONV))], None),
+    "contiguous beside channels_last": ([torch.zeros(5), torch.zeros(CONV)], r"\(36, 9, 3, 1\) for \(36, 1, 12, 4\)"),
+    "with gaps": ([torch.zeros(10)[::2], channels_last(torch.zeros(CONV))], r"\(2,\) for \(1,\)"),
+    "expanded": ([torch.zeros(5), torch.zeros(()).expand(CONV)], r"\(0, 0, 0, 0\) for \(36, 1, 12, 4\)"),
+}
+
+
+@pytest.mark.parametrize("case", STRIDES)
+def test_layouts_that_a_gpu_takes(case):
+    params = [torch.zeros(5), channels_last(torch.zeros(CONV))]
+    tensors, strides = STRIDES[case]
+    reasons = [kernels._why_not_layouts(params, others) for others in ([tensors], [params, tensors], [tensors, params])]
+    if strides is None:
+        assert reasons == [None] * 3
+    else:
+        assert all(reasons[0] == reason and re.search(strides, reason) for reason in reasons)
+
+
+def test_parameters_with_gaps_are_not_taken_either():
+    assert "got strides" in kernels._why_not_layouts([torch.zeros(8)[::2]], [[torch.zeros(8)[::2]]])
+
+
+def test_filters_of_one_pixel_are_both():
+    """Strides of dimensions of size 1 say nothing: a 1x1 convolution's gradient may have any."""
+    param, other = (torch.zeros(24).as_strided((6, 4, 1, 1), strides) for strides in ((4, 1, 4, 4), (4, 1, 1, 1)))
+    assert kernels._why_not_layouts([param], [[other]]) is None
+
+
+# As Module.to() does it: the tensor object stays the same.
+CHANGES = {
+    "strides": lambda t: setattr(t, "data", t.data.contiguous()),
+    "strides in the same memory": lambda t: setattr(t, "data", t.data.as_strided(CONV, (36, 9, 3, 1))),
+    "dtype": lambda t: setattr(t, "data", t.data.double()),
+    "dtype in the same memory": lambda t: setattr(t, "data", t.data.view(torch.int32)),
+    "device": lambda t: torch.utils.swap_tensors(t, t.to("meta")),
+}
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2], ids=["parameter", "gradient", "buffer"])
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_tensor_that_changes_between_steps_is_seen(case, changed):
+    params, *others = ([channels_last(torch.zeros(CONV)) for _ in range(3)] for _ in range(3))
+
+    def taken() -> bool:
+        reasons = (kernels._why_not_kinds(params, others), kernels._why_not_layouts(params, others))
+        return reasons == (None, None)
+
+    assert taken()
+    CHANGES[case]((params, *others)[changed][1])
+    assert not taken()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,19 +16,17 @@ from torch import Tensor
 from us3l_kernels import _native
 
 native = torch.ops.us3l_native
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
 log = logging.getLogger("us3l_kernels")
 
 
-def alike(param: Tensor, other: Tensor) -> bool:
-    """Whether both are contiguous or both channels_last: element i is then the same in both memories."""
-    if param.is_contiguous():
-        return other.is_contiguous()
-    return all(t.is_contiguous(memory_format=torch.channels_last) for t in (param, other))
-
-
 def takes(op: str, params: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
-    """Whether the kernel `op` ("sgd_", "adamw_" or "ema_") takes `params` and the lists that go with them."""
-    reason = _why_not(params, others)
+    """Whether the kernel `op` ("sgd_", "adamw_" or "ema_") takes `params` and the lists that go with them.
+
+    Every step asks, for tensors may have changed since the last one. It asks for whole lists, by loops that run in C: a
+    GPU has nothing to do meanwhile.
+    """
+    reason = _why_not(params, [tensors for tensors in others if tensors])
     if reason is not None:
         log.debug("%s: not on a native kernel: %s", op, reason)
     return reason is None
@@ -42,16 +41,41 @@ def _why_not(params: Sequence[Tensor], others: Sequence[Sequence[Tensor]]) -> st
         return f"the compiled library is not there ({_native.why_cuda if on_cuda else _native.why})"
     if not on_cuda:
         _native.isa()  # a US3L_ISA that this CPU does not have is an error
+    return _why_not_kinds(params, others) or (_why_not_layouts(params, others) if on_cuda else None)
+
+
+def _why_not_kinds(params: Sequence[Tensor], others: Sequence[Sequence[Tensor]]) -> str | None:
+    device = params[0].device
     for tensors in (params, *others):
-        for param, tensor in zip(params, tensors, strict=False):  # a list may be empty
-            if tensor.dtype is not torch.float32 or tensor.device != device:
-                return f"it takes float32 tensors on one device, got {tensor.dtype} on {tensor.device}"
-            if on_cuda and not alike(param, tensor):
+        dtypes, devices = list(map(_dtype, tensors)), list(map(_device, tensors))
+        if dtypes.count(torch.float32) < len(tensors) or devices.count(device) < len(tensors):
+            other = next(t for t in tensors if t.dtype is not torch.float32 or t.device != device)
+            return f"it takes float32 tensors on one device, got {other.dtype} on {other.device}"
+    return None
+
+
+def _why_not_layouts(params: Sequence[Tensor], others: Sequence[Sequence[Tensor]]) -> str | None:
+    """None if element i is the same in the memory of a parameter and of all that goes with it."""
+    wanted = _are_contiguous(params)
+    for tensors in (params, *others):
+        found = _are_contiguous(tensors)
+        if found == wanted and None not in found:
+            continue
+        for param, tensor, own, other in zip(params, tensors, wanted, found, strict=True):
+            if other is None or other is not own:
                 return (
                     "it takes tensors that are contiguous or channels_last like their parameter, "
                     f"got strides {tensor.stride()} for {param.stride()}"
                 )
     return None
+
+
+def _are_contiguous(tensors: Sequence[Tensor]) -> list[bool | None]:
+    """Of each: True if contiguous, False if channels_last, None if neither."""
+    return [
+        contiguous or (False if tensor.is_contiguous(memory_format=torch.channels_last) else None)
+        for tensor, contiguous in zip(tensors, map(Tensor.is_contiguous, tensors), strict=True)
+    ]
 
 
 def sgd_(

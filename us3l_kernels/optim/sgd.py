@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -93,19 +94,16 @@ class SGD(GroupDecayOptimizer):
             _foreach_sgd(params, grads, buffers, group)
             return ()
         teacher_of = {} if ema is None else ema.teacher_of
-        averaged = {p for p in params if p in teacher_of and kernels.takes("sgd_", [p], [teacher_of[p]])}
-        for with_teacher in (True, False):
-            chosen = [i for i, p in enumerate(params) if (p in averaged) is with_teacher]
-            if not chosen:
-                continue
-            kernels.sgd_(
-                [params[i] for i in chosen],
-                [grads[i] for i in chosen],
-                [buffers[i] for i in chosen] if buffers else [],
-                [teacher_of[params[i]] for i in chosen] if with_teacher else [],
-                group,
-                0.0 if ema is None else ema.momentum,
-            )
+        with_teacher = [param in teacher_of for param in params]
+        averaged = list(compress(params, with_teacher))
+        teachers = [teacher_of[param] for param in averaged]
+        if averaged and not kernels.takes("sgd_", averaged, teachers):
+            with_teacher, averaged, teachers = [False] * len(params), [], []
+        without_teacher = [not with_ for with_ in with_teacher]
+        for chosen, theirs in ((with_teacher, teachers), (without_teacher, [])):
+            if any(chosen):
+                ps, gs, bs = (list(compress(tensors, chosen)) for tensors in (params, grads, buffers))
+                kernels.sgd_(ps, gs, bs, theirs, group, 0.0 if ema is None else ema.momentum)
         return averaged
 
 
