@@ -21,6 +21,7 @@ model says so: `torch.autograd.grad` with respect to an attached parameter, tens
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -46,12 +47,19 @@ class Slot:
         self.zero = True  # nothing has been written since the view was last zeroed
         self._address = view.data_ptr()
         self._kind = (parameter.shape, parameter.dtype, parameter.device)
-        self._accumulate = torch.autograd.graph.get_gradient_edge(parameter).node
-        self._hook = parameter.register_post_accumulate_grad_hook(self._after_autograd)
+        slot = weakref.ref(self)  # Python's garbage collector does not see what such a hook keeps
 
-    def destination(self) -> Tensor | None:
-        """Where a backward adds the gradient; None if the running backward does not want this parameter's."""
+        def after_autograd(parameter: Tensor) -> None:
+            if (alive := slot()) is not None:
+                alive._after_autograd(parameter)
+
+        self._hook = parameter.register_post_accumulate_grad_hook(after_autograd)
+
+    def destination(self, ctx: Any) -> Tensor | None:
+        """Where the backward of `ctx`, which took the parameter, adds the gradient; None if it is not wanted."""
         p = self.parameter
+        # Not kept from one backward to the next: it keeps the parameter, and so the model would live for ever.
+        accumulate = next(node for node, _ in ctx.next_functions if getattr(node, "variable", None) is p)
         # Module.to moves a gradient by giving the same tensor object other memory: the address tells.
         if self.view.data_ptr() != self._address or (p.shape, p.dtype, p.device) != self._kind:
             raise RuntimeError(
@@ -59,7 +67,7 @@ class Slot:
                 f"{self._kind[2]}): detach and attach the model again"
             )
         try:
-            wanted = torch._C._will_engine_execute_node(self._accumulate)
+            wanted = torch._C._will_engine_execute_node(accumulate)
         except RuntimeError as e:
             raise RuntimeError(
                 f"torch.autograd.grad with respect to {self.name!r}: its gradients are accumulated in place and "

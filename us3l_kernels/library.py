@@ -270,7 +270,7 @@ class GradientDestinations:
             if parameter is None or not ctx.needs_input_grad[position]:
                 destination, returned = None, None
             elif (slot := slot_of(parameter)) is not None:
-                destination, returned = slot.destination(), None
+                destination, returned = slot.destination(ctx), None
             else:
                 destination = returned = torch.zeros_like(parameter)
             self.into.append(destination)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from us3l.models import build_model
 from us3l_kernels import nn, optim, use_width
 from us3l_kernels.gradients import ALIGNMENT, attach, detach, has_gradient, slot_of
 
@@ -326,6 +329,19 @@ def test_moving_an_attached_model_raises(setup):
     network.double()
     with pytest.raises(RuntimeError, match="detach and attach the model again"):
         network(x.double()).backward(grad.double())
+
+
+@pytest.mark.parametrize("widths", [(), (1.0,), (1.0, 0.5)], ids=str)
+def test_an_attached_model_is_let_go_of(widths):
+    """Many are trained in a process, by a search or in a notebook."""
+    model = build_model("resnet_tiny", stem="cifar", num_classes=8)
+    alive = [weakref.ref(each) for each in (attach(model), *model.parameters())]
+    for width in widths:
+        with use_width(model, width):
+            model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    del model
+    gc.collect()
+    assert [each() for each in alive] == [None] * len(alive)
 
 
 def test_bad_models_are_refused(setup):
