@@ -15,10 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,7 +46,7 @@ from us3l_kernels.errors import BackendError
 from us3l_kernels.optim import kernels
 from us3l_kernels.plans import CudaGraphs, Plans
 from us3l_kernels.reference import active_conv_weight
-from us3l_kernels.tune import tune
+from us3l_kernels.tune import record, tune
 from us3l_kernels.width import active_channels
 
 Item = tuple[str, Callable[[], dict[str, Any]]]
@@ -66,13 +67,21 @@ SMALL = {"float32": 2e-6, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
 @dataclass(frozen=True)
 class Setup:
     """Where the suite runs. smoke: tiny shapes. out: the folder of the results. until: the time.time() at which the
-    section is to end. barred: sides that are left out, as they have broken this section's processes."""
+    section is to end. barred: sides that are left out, as they have broken this section's processes. compiling: Triton
+    kernels are only compiled (`compile_ahead`), and nothing is timed or compared.
+    """
 
     device: torch.device
     smoke: bool
     out: Path
     until: float = math.inf
     barred: frozenset[str] = frozenset()
+    compiling: bool = False
+
+    @property
+    def sets(self) -> int:
+        """Of the inputs of what is timed: caches would hold one that is small."""
+        return 1 if self.compiling else SETS
 
     @property
     def synchronise(self) -> Callable[[], None]:
@@ -103,6 +112,12 @@ def microseconds(setup: Setup, sides: Mapping[str, Callable[[int], object]], rou
     A side is called with the number of the input set. On a GPU a CUDA graph of that is timed. All sides are repeated as
     often as the fastest has to be, so that what a reading costs beside the calls is the same for all of them.
     """
+    if setup.compiling:
+        for name, side in sides.items():
+            if "triton" in name:
+                with suppress(Exception):  # of the side: the others are compiled
+                    side(0)
+        return {"us": {}}
     errors = {name: LEFT_OUT for name in sides if name in setup.barred}
     stream = torch.cuda.Stream() if setup.device.type == "cuda" else None
 
@@ -126,7 +141,7 @@ def microseconds(setup: Setup, sides: Mapping[str, Callable[[int], object]], rou
         return repeat
 
     def over_sets(name: str) -> None:
-        for index in range(SETS):
+        for index in range(setup.sets):
             sides[name](index)
 
     def seconds(run: Callable[[], object]) -> float:
@@ -161,7 +176,7 @@ def microseconds(setup: Setup, sides: Mapping[str, Callable[[int], object]], rou
         warmup=1,
         synchronise=setup.synchronise,
     )
-    times = {name: median(values) / (turns * replays * SETS) * 1e6 for name, values in samples.items()}
+    times = {name: median(values) / (turns * replays * setup.sets) * 1e6 for name, values in samples.items()}
     return {"us": times} | ({"errors": errors} if errors else {})
 
 
@@ -179,6 +194,8 @@ class Rates:
 
 def rates(setup: Setup) -> Rates:
     """Of this device, in under a second."""
+    if setup.compiling:
+        return Rates(1.0, 1.0)
     megabytes = 1 if setup.smoke else 1024
     if setup.smoke:
         return Rates(1e9, harness.copy_bandwidth(setup.device, megabytes))
@@ -325,14 +342,22 @@ OP_CASES = (
 
 def correctness(setup: Setup) -> Iterator[Item]:
     """Every operation on every backend and in every dtype against float64: y, dX, and what is added to the gradients
-    of parameters, where nothing outside the slice is read (NaN) or written (a canary)."""
-    for case in OP_CASES[:7] if setup.smoke else OP_CASES:
-        for name in backends(case.op):
-            for precision in precisions(setup, case.op):
-                yield f"{case.op} {case.name}, {name}, {precision}", partial(
-                    check_operation, setup, case, name, precision
-                )
+    of parameters, where nothing outside the slice is read (NaN) or written (a canary).
+
+    What is compiled at its first call, which takes long, comes last, and of that first what a step needs.
+    """
     yield from multi_tensor(setup)
+    items = [
+        (case, name, precision)
+        for case in (OP_CASES[:7] if setup.smoke else OP_CASES)
+        for name in backends(case.op)
+        for precision in precisions(setup, case.op)
+    ]
+    compiled = {name for _, name, _ in items if name.startswith("triton")}
+    items.sort(key=lambda item: (item[1] in compiled) * (1 + (item[2] != "bfloat16")))
+    for case, name, precision in items:
+        work = partial(check_operation, setup, case, name, precision)
+        yield f"{case.op} {case.name}, {name}, {precision}", work
 
 
 def precisions(setup: Setup, op: str) -> list[str]:
@@ -353,6 +378,10 @@ def convolutions_in(precision: str) -> Iterator[None]:
 
 def check_operation(setup: Setup, case: OpCase, name: str, precision: str) -> dict[str, Any]:
     """Errors of one call; raises Mismatch if one is too large."""
+    if name in setup.barred:
+        return {"skipped": LEFT_OUT}
+    if setup.compiling and not name.startswith("triton"):
+        return {}
     with convolutions_in("tf32" if precision == "tf32" else "ieee"):
         return _check_operation(setup, case, name, precision)
 
@@ -395,13 +424,13 @@ def _check_operation(setup: Setup, case: OpCase, name: str, precision: str) -> d
             results[f"d{key}"] = parameter.grad[~outside] - canary
         return {key: result.double().cpu() for key, result in results.items()}
 
-    if name in setup.barred:
-        return {"skipped": LEFT_OUT}
     try:
         with harness.charged_to(name, setup.device):
             given = run(name, dtype, setup.device)
     except BackendError as error:
         return {"skipped": str(error)}
+    if setup.compiling:
+        return {}
     expected = run("reference", torch.float64, torch.device("cpu"))
     plain = run("aten", dtype, setup.device)
     errors: dict[str, float] = {}
@@ -597,37 +626,38 @@ def profiles(setup: Setup) -> Iterator[Item]:
 
 
 def convolutions(setup: Setup) -> Iterator[Item]:
-    """Every different convolution of our models at three widths: y, dX and dW, cuDNN beside every other backend."""
+    """Every different convolution of our models at three widths: y, dX and dW, cuDNN beside every other backend; then
+    the Triton kernels tile by tile. The models take turns, from the width on that no library was made for."""
     models = [("resnet18", "cifar", 32), ("resnet50", "imagenet", 224), ("mobilenet_v2", "imagenet", 224)]
-    seen: set[Any] = set()
-    limits: list[Rates] = []
+    of_models = []
     for model, stem, size in models[:1] if setup.smoke else models:
         settings = replace(setup.settings(model, stem), dtype=torch.float32)
-        for case in layer_cases(settings, 16 if setup.smoke else size):
-            key = (case.name, case.shape, case.output)
-            if isinstance(case.layer, Conv2d) and key not in seen:
-                seen.add(key)
-                for direction in case.directions:
-                    name = f"{case.name}, width {case.width:g}, {direction}"
-                    yield name, partial(time_convolution, setup, case, direction, limits)
-                if setup.smoke:
-                    return
+        layers = [
+            case for case in layer_cases(settings, 16 if setup.smoke else size) if isinstance(case.layer, Conv2d)
+        ]
+        of_models.append(sorted(layers, key=lambda case: abs(case.width - 0.625)))
+    in_turn = chain.from_iterable(zip_longest(*of_models))
+    different = {(case.name, case.shape, case.output): case for case in in_turn if case is not None}
+    cases = [(case, direction) for case in different.values() for direction in case.directions]
+    limits: list[Rates] = []
+    for case, direction in cases[:3] if setup.smoke else cases:
+        yield _title(case, direction), partial(time_convolution, setup, case, direction, limits)
+    for case, direction in cases[:3] if setup.smoke else cases:
+        yield f"{_title(case, direction)}, tiles", partial(time_tiles, setup, case, direction)
 
 
-def time_convolution(setup: Setup, case: LayerCase, direction: str, limits: list[Rates]) -> dict[str, Any]:
-    """Microseconds by backend, beside the floor; and how many times cuDNN's time an own kernel may take (`break_even`).
+def _title(case: LayerCase, direction: str) -> str:
+    return f"{case.name}, width {case.width:g}, {direction}"
 
-    `cudnn` runs on packed weights. An own kernel reads the weight and adds its gradient where they lie, and takes the
-    statistics of the norm behind it on the way: it may take as much longer as cuDNN's plan needs for these.
-    """
-    if not limits:
-        limits.append(rates(setup))
-    limit, layer = limits[0], case.layer
+
+def _sides(setup: Setup, case: LayerCase, direction: str) -> dict[str, Callable[[int], object]]:
+    """The convolution of a layer on every backend that takes it."""
+    layer = case.layer
     assert isinstance(layer, Conv2d)
     n, dtype = 4 if setup.smoke else 256, torch.bfloat16
     channels_last = {"memory_format": torch.channels_last}
-    sets = [torch.randn(n, *case.shape, device=setup.device).to(dtype, **channels_last) for _ in range(SETS)]
-    grads = [torch.randn(n, *case.output, device=setup.device).to(dtype, **channels_last) for _ in range(SETS)]
+    sets = [torch.randn(n, *case.shape, device=setup.device).to(dtype, **channels_last) for _ in range(setup.sets)]
+    grads = [torch.randn(n, *case.output, device=setup.device).to(dtype, **channels_last) for _ in range(setup.sets)]
     weight = nn.Parameter(layer.weight.detach().clone().to(setup.device, **channels_last))
     gradient = torch.zeros_like(weight)
     geometry = {name: list(getattr(layer, name)) for name in ("stride", "padding", "dilation")} | {
@@ -643,6 +673,9 @@ def time_convolution(setup: Setup, case: LayerCase, direction: str, limits: list
         need = direction == "dX"
         return lambda i: backend.conv2d_backward(grads[i], sets[i], weight, into, None, need, *geometry.values())
 
+    active, groups = active_conv_weight(weight.detach().to(dtype), case.shape[0], out, layer.groups)
+    active = active.contiguous(**channels_last)
+
     def cudnn(i: int) -> object:
         """On packed weights, which one kernel makes for all layers; gradients are left to be added by another."""
         sizes = list(geometry.values())[:3]
@@ -653,27 +686,42 @@ def time_convolution(setup: Setup, case: LayerCase, direction: str, limits: list
             grads[i], sets[i], active, None, *sizes, False, [0, 0], groups, wanted
         )
 
-    active, groups = active_conv_weight(weight.detach().to(dtype), case.shape[0], out, layer.groups)
-    active = active.contiguous(**channels_last)
     sides: dict[str, Callable[[int], object]] = {"cudnn": cudnn}
     for name in backends("conv2d"):
         takes = BACKENDS[name].can_run("conv2d", sets[0], weight, out_channels=out, **geometry)
         another = name != "reference" and (name, direction) != ("triton_tma", "dW")  # its dW is that of `triton`
         if another and takes:
             sides[name] = side(name)
-    with torch.no_grad():
-        times = microseconds(setup, sides)
-        times["tiles"] = {
-            name: triton_tiles(setup, direction, side(name)) for name in ("triton", "triton_tma") if name in sides
-        }
+    return sides
 
+
+def time_tiles(setup: Setup, case: LayerCase, direction: str) -> dict[str, Any]:
+    """Microseconds of the Triton kernels with each of their tiles alone."""
+    sides = {name: side for name, side in _sides(setup, case, direction).items() if name.startswith("triton")}
+    with torch.no_grad():
+        return {"tiles": {name: triton_tiles(setup, direction, name, side) for name, side in sides.items()}}
+
+
+def time_convolution(setup: Setup, case: LayerCase, direction: str, limits: list[Rates]) -> dict[str, Any]:
+    """Microseconds by backend, beside the floor; and how many times cuDNN's time an own kernel may take (`break_even`).
+
+    `cudnn` runs on packed weights. An own kernel reads the weight and adds its gradient where they lie, and takes the
+    statistics of the norm behind it on the way: it may take as much longer as cuDNN's plan needs for these.
+    """
+    if not limits:
+        limits.append(rates(setup))
+    limit, layer, out = limits[0], case.layer, case.output[0]
+    assert isinstance(layer, Conv2d)
+    n = 4 if setup.smoke else 256
+    with torch.no_grad():
+        times = microseconds(setup, _sides(setup, case, direction))
     taps = math.prod(layer.kernel_size)
     conv = roofline.Conv(
         case.shape[0], out, layer.in_channels, layer.out_channels, taps, math.prod(case.shape[1:]),
         math.prod(case.output[1:]), layer.groups > 1, layer.in_channels <= 3,
     )  # fmt: skip
     x, y = roofline.HALF * n * conv.c * conv.pixels, roofline.HALF * n * conv.k * conv.out_pixels
-    weights = active.numel()
+    weights = conv.k * taps * (1 if conv.depthwise else conv.c)
     operations = 0.0 if conv.depthwise else 2.0 * n * conv.out_pixels * weights
     saved = {
         "forward": y + weights * (roofline.FULL + roofline.HALF),  # statistics, and the packing
@@ -688,8 +736,8 @@ def time_convolution(setup: Setup, case: LayerCase, direction: str, limits: list
     }
 
 
-def triton_tiles(setup: Setup, direction: str, side: Callable[[int], object]) -> dict[str, Any]:
-    """Microseconds of a backend of Triton kernels with each of its tiles alone."""
+def triton_tiles(setup: Setup, direction: str, backend: str, side: Callable[[int], object]) -> dict[str, Any]:
+    """Microseconds of `side`, which runs a backend of Triton kernels, with each of its tiles alone."""
     from us3l_kernels.triton import conv2d as kernels_of
 
     tables = kernels_of.GRADIENT_TILES if direction == "dW" else kernels_of.PRODUCT_TILES
@@ -703,8 +751,8 @@ def triton_tiles(setup: Setup, direction: str, side: Callable[[int], object]) ->
                 continue
             alone = replace(tile, channels=1 << 31)
             tables["half"], kernels_of.FEW_ROWS["half"] = (alone,), alone
-            found = microseconds(setup, {name: side}, rounds=3)
-            times[name] = found["us"].get(name, found.get("errors", {}).get(name))
+            found = microseconds(setup, {f"{backend}, {name}": side}, rounds=3)
+            times[name] = next(iter((found["us"] | found.get("errors", {})).values()), None)
     finally:
         tables["half"], kernels_of.FEW_ROWS["half"] = shipped, few_rows
     return times
@@ -720,7 +768,7 @@ def linear_layers(setup: Setup) -> Iterator[Item]:
             limits.append(rates(setup))
         c, k = active_channels(full_c, width), active_channels(full_k, width)
         xs, grads = (
-            [torch.randn(rows, channels, device=setup.device, dtype=dtype) for _ in range(SETS)]
+            [torch.randn(rows, channels, device=setup.device, dtype=dtype) for _ in range(setup.sets)]
             for channels in (full_c, k)
         )
         weight = torch.randn(full_k, full_c, device=setup.device, dtype=dtype)
@@ -765,7 +813,7 @@ def norms(setup: Setup) -> Iterator[Item]:
             values = torch.randn(n, c, size, size, device=setup.device, dtype=torch.bfloat16)
             return values.to(memory_format=torch.channels_last)
 
-        xs, grads, added = ([tensor() for _ in range(SETS)] for _ in range(3))
+        xs, grads, added = ([tensor() for _ in range(setup.sets)] for _ in range(3))
         weight, bias = torch.ones(c, device=setup.device), torch.zeros(c, device=setup.device)
         into = torch.zeros(2, c, device=setup.device)
         forward: dict[str, Callable[[int], object]] = {}
@@ -780,7 +828,7 @@ def norms(setup: Setup) -> Iterator[Item]:
                 extra = added[i] if residual else None
                 return backend.batch_norm(xs[i], weight, bias, None, None, extra, True, 0.1, 1e-5, 2, "relu")
 
-            saved = [run_forward(i) for i in range(SETS)]
+            saved = [run_forward(i) for i in range(setup.sets)]
 
             def run_backward(i: int, backend: Any = backend, saved: Any = saved) -> Any:
                 y, mean, rstd = saved[i]
@@ -827,7 +875,7 @@ def blocks(setup: Setup) -> Iterator[Item]:
         for module in apart.modules():
             module.register_forward_hook(lambda *_: None)  # someone looks at the results between
         xs, grads = (
-            [torch.randn(n, c, size, size, device=setup.device).to(dtype, **layout) for _ in range(SETS)]
+            [torch.randn(n, c, size, size, device=setup.device).to(dtype, **layout) for _ in range(setup.sets)]
             for _ in range(2)
         )
 
@@ -839,15 +887,20 @@ def blocks(setup: Setup) -> Iterator[Item]:
             return [y.detach(), *torch.autograd.grad(y, [x, *network.parameters()], grad)]
 
         specs = ["auto"] + ["triton"] * (BACKENDS["triton"].unavailable() is None)
-        x, grad = xs[0][:few], grads[0][:few]
-        expected = step(deepcopy(apart).double(), x.double(), grad.double(), "aten")
-        for spec in specs:
-            errors = [
-                [harness.relative_error(a, b) for a, b in zip(step(network, x, grad, spec), expected, strict=True)]
-                for network in (model, apart)
-            ]
-            if not all(a <= max(MULTIPLE * b, SMALL["float32"]) for a, b in zip(*errors, strict=True)):
-                raise harness.Mismatch(f"{spec}: errors of y, dx and parameters, as one operation and apart: {errors}")
+
+        def check() -> None:
+            x, grad = xs[0][:few], grads[0][:few]
+            expected = step(deepcopy(apart).double(), x.double(), grad.double(), "aten")
+            for spec in specs:
+                errors = [
+                    [harness.relative_error(a, b) for a, b in zip(step(network, x, grad, spec), expected, strict=True)]
+                    for network in (model, apart)
+                ]
+                if not all(a <= max(MULTIPLE * b, SMALL["float32"]) for a, b in zip(*errors, strict=True)):
+                    raise harness.Mismatch(f"{spec}: errors of y, dx, parameters, as one operation and apart: {errors}")
+
+        if not setup.compiling:
+            check()
         return microseconds(
             setup,
             {
@@ -987,6 +1040,10 @@ def tuning(setup: Setup) -> Iterator[Item]:
         settings = setup.settings(model, stem)
         side = step.US3L(settings, initial_weights(settings), policy="joint")
         side.training.plans = None  # every call is to be seen
+        if setup.compiling:
+            with us3l_kernels.backend("conv2d=triton,batch_norm=triton"):
+                record(side.step, step.random_images(settings, size=size, batch=fewer(size, batch))[0])
+            return {}
         images = step.random_images(settings, size=size, batch=batch)[0]
         taken = tune(side.step, images, seconds=setup.until - time.time())
         chosen: dict[str, int] = {}
@@ -1011,12 +1068,20 @@ def networks(setup: Setup) -> dict[str, tuple[str, str, int, int]]:
     }
 
 
+def fewer(size: int, batch: int) -> int:
+    """Images of a step whose kernels are only compiled, in many processes at once: as few as take the same kernels."""
+    return batch if size < 64 else batch // 8
+
+
 def capture(setup: Setup) -> Iterator[Item]:
     """What a new width costs: its first step, the second with the capture, and a replay; and the memory of it all."""
 
     def run(model: str, stem: str, size: int, batch: int) -> dict[str, Any]:
         settings = setup.settings(model, stem)
         side = step.US3L(settings, initial_weights(settings), policy="joint")
+        if setup.compiling:
+            side.step(step.random_images(settings, size=size, batch=fewer(size, batch))[0])
+            return {}
         images = step.random_images(settings, size=size, batch=batch)
         middles = (0.5,) if setup.smoke else (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
         seconds: dict[str, list[float]] = {"first": [], "captured": [], "replayed": []}
@@ -1234,3 +1299,6 @@ SECTIONS: dict[int, dict[str, tuple[Callable[[Setup], Iterator[Item]], float]]] 
     },
 }
 """By part and name: the section, and its share of the part's time; what a section leaves is for those that follow."""
+
+COMPILED = ("correctness", "linear layers", "convolutions", "norms", "blocks", "tuning", "capture")
+"""Sections whose Triton kernels are compiled before the part's first one."""

@@ -29,6 +29,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,8 @@ if __package__ in (None, ""):  # run as a script
 import torch  # noqa: E402
 
 from benchmarks import harness  # noqa: E402
-from benchmarks.gpu_sections import SECTIONS, Setup  # noqa: E402
+from benchmarks.compile_ahead import sharing  # noqa: E402
+from benchmarks.gpu_sections import COMPILED, SECTIONS, Setup  # noqa: E402
 
 PART_SECONDS = 530.0
 LONGEST_ITEM = 300.0  # compiling a step takes minutes
@@ -46,6 +48,8 @@ RESTARTS = 20  # of a section whose process has died
 BROKEN = 3  # code with which a process ends in which nothing can be computed any more
 BARRED = 3  # of those, after which the side that is to blame is left out
 DIED = "the process died here"
+COMPILE_SHARE = 0.17  # of a part's time at most, for compiling ahead
+COMPILE_PROCESSES = 12
 
 Result = dict[str, Any]
 
@@ -63,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # What a process of one section is given: its name, and the time.time() after which no item starts.
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--compile", type=Path, help=argparse.SUPPRESS)  # the claims of processes that do nothing else
     options = parser.parse_args(arguments)
     options.out = options.out.resolve()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -70,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # cuBLAS is reproducible with it alone, which the comparison of graphs with eager steps needs.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("US3L_TUNE_CACHE", str(options.out / "tune.json"))
+    if options.compile is not None:
+        compile_items(options)
+        return
     if options.section is not None:
         run_section(options.part, options.section, setup_of(options), options.items)
         return
@@ -84,14 +92,17 @@ def setup_of(options: argparse.Namespace) -> Setup:
 
 def run_part(options: argparse.Namespace) -> list[Path]:
     """Every section of the part, one after the other, each in a process of its own; the files of their results."""
-    start, share, files = time.time(), 0.0, []
+    end = time.time() + options.seconds
     options.out.mkdir(parents=True, exist_ok=True)
     chosen = {name: share for name, (_, share) in SECTIONS[options.part].items() if options.only in name}
+    if any(name in COMPILED for name in chosen):
+        compile_ahead(options)
+    start, share, files = time.time(), 0.0, []
     for name in chosen:
         share += chosen[name] / sum(chosen.values())
         log_of(options.out, name).unlink(missing_ok=True)
         for _ in range(1 + RESTARTS):
-            until = start + share * options.seconds
+            until = start + share * (end - start)
             if time.time() >= until or run_process(options, name, until):
                 break
         files.append(finish(options.part, name, setup_of(options)))
@@ -100,14 +111,8 @@ def run_part(options: argparse.Namespace) -> list[Path]:
 
 def run_process(options: argparse.Namespace, section: str, until: float) -> bool:
     """Run a section in a process; False if that died, and another should go on where it stopped."""
-    command = [
-        sys.executable, str(Path(__file__).resolve()), "--part", str(options.part), "--section", section,
-        "--out", str(options.out), "--device", options.device, "--until", f"{until:.1f}",
-        "--items", options.items, *(["--smoke"] if options.smoke else []),
-    ]  # fmt: skip
     log = log_of(options.out, section)
-    # A group of its own: what it has started (compilers, a sanitizer) goes with it, and disturbs no other section.
-    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=os.setpgrp)
+    process = start_process(options, until, "--section", section)
     try:
         while process.poll() is None:
             time.sleep(0.2)
@@ -118,12 +123,61 @@ def run_process(options: argparse.Namespace, section: str, until: float) -> bool
                 append(log, {"died": f"stopped after {LONGEST_ITEM:.0f} s" if stuck else "stopped: out of time"})
                 return not stuck
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end_process(process)
     if process.returncode not in (0, BROKEN):
         append(log, {"died": f"the process ended with code {process.returncode}"})
     return process.returncode == 0
+
+
+def start_process(options: argparse.Namespace, until: float, *what: str) -> subprocess.Popen[bytes]:
+    """This script in another process, as it was called, to end by `until`."""
+    command = [
+        sys.executable, str(Path(__file__).resolve()), "--part", str(options.part), *what,
+        "--out", str(options.out), "--device", options.device, "--until", f"{until:.1f}", "--only", options.only,
+        "--items", options.items, *(["--smoke"] if options.smoke else []),
+    ]  # fmt: skip
+    # A group of its own: what it has started (compilers, a sanitizer) goes with it, and disturbs no other section.
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=os.setpgrp)
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def compile_ahead(options: argparse.Namespace) -> None:
+    """Fill Triton's disk cache, on all cores, before anything is timed. What is not done by the end is left to the
+    items; so is everything if this fails."""
+    start = time.time()
+    until = start + COMPILE_SHARE * options.seconds
+    count = 1 if options.smoke else max(1, min(COMPILE_PROCESSES, (os.cpu_count() or 1) - 2))
+    with TemporaryDirectory() as claims:
+        processes = [start_process(options, until, "--compile", claims) for _ in range(count)]
+        try:
+            while time.time() < until + 5 and any(process.poll() is None for process in processes):
+                time.sleep(0.2)
+        finally:
+            for process in processes:
+                end_process(process)
+        made, codes = len(list(Path(claims).iterdir())), [process.returncode for process in processes]
+    print(f"compiled {made} Triton kernels ahead in {time.time() - start:.0f} s; processes: {codes}", flush=True)
+
+
+def compile_items(options: argparse.Namespace) -> None:
+    """Compile what the items of the part need, as far as no other process has begun to."""
+    torch.set_num_threads(1)
+    setup = replace(setup_of(options), compiling=True)
+    with sharing(options.compile):
+        for name in (name for name in SECTIONS[options.part] if name in COMPILED and options.only in name):
+            for item, work in SECTIONS[options.part][name][0](setup):
+                if time.time() >= setup.until:
+                    return
+                if options.items in item:
+                    with suppress(Exception):  # the item itself will tell
+                        work()
+                    if setup.device.type == "cuda":
+                        torch.cuda.empty_cache()  # many share the memory
 
 
 def run_section(part: int, name: str, setup: Setup, items: str = "") -> None:

@@ -16,6 +16,8 @@ import torch
 
 from benchmarks import gpu_sections, gpu_suite, harness, tables
 from benchmarks.gpu_sections import SECTIONS, Item, Setup
+from benchmarks.ops import Case as LayerCase
+from benchmarks.rivals import Conv2d
 from us3l_kernels.backends import BACKENDS
 
 FAST = ("machine", "linear layers", "convolutions", "norms", "blocks", "packing", "updates", "sanitizer", "one graph")
@@ -56,6 +58,44 @@ def test_correctness_of_some(setup: Setup) -> None:
             assert set(item["errors"]) == {"y", "dx", "dweight", "dbias"} and max(item["errors"].values()) < 0.03
 
 
+def test_what_is_compiled_at_its_first_call_comes_last(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_sections, "backends", lambda op: ["cuda", "triton", "aten"])
+    names = [name for name, _ in gpu_sections.correctness(setup)]
+    backends = [name.split(", ")[-2] if ", " in name else "" for name in names]
+    first, last = backends.index("triton"), len(names) - backends[::-1].index("aten")
+    assert "SGD" in names[0] and last == first and set(backends[first:]) == {"triton"}
+    precisions = [name.split(", ")[-1] for name in names[first:]]
+    assert set(precisions[: precisions.count("bfloat16")]) == {"bfloat16"} and len(set(precisions)) == 3
+
+
+def test_models_take_turns_and_tiles_come_after_all_backends(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def layers(settings: Any, size: int) -> Iterator[LayerCase]:
+        for width in settings.widths:
+            for channels in (8, 16):
+                layer = Conv2d(channels, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1, False)
+                yield LayerCase(layer, width, (channels, size, size), (int(width * 8), size, size))
+
+    monkeypatch.setattr(gpu_sections, "layer_cases", layers)
+    names = [name for name, _ in gpu_sections.convolutions(replace(setup, smoke=False))]
+    # The cifar and two others at 224 pixels, which have the same layers here.
+    forward = [name.removesuffix(", forward") for name in names if name.endswith("forward")]
+    assert forward[:3] == [f"conv 3x3/1 {c}->8 @{size}, width 0.625" for c, size in ((8, 32), (8, 224), (16, 32))]
+    assert len(forward) == len(set(forward)) == 2 * 2 * 3
+    assert names[len(names) // 2 :] == [f"{name}, tiles" for name in names[: len(names) // 2]]
+
+
+def test_compiling_makes_the_calls_of_triton_once(setup: Setup) -> None:
+    calls: list[str] = []
+    sides = {name: lambda i, name=name: calls.append(f"{name} {i}") for name in ("cudnn", "triton")}
+    sides["triton_tma"] = lambda _: {}["missing"]
+    compiling = replace(setup, compiling=True)
+    assert gpu_sections.microseconds(compiling, sides) == {"us": {}} and calls == ["triton 0"]
+    sections = {name: section for of_part in SECTIONS.values() for name, (section, _) in of_part.items()}
+    for name in set(gpu_sections.COMPILED) & set(FAST):
+        for _, work in sections[name](compiling):
+            assert not any(work().get("us", {}))
+
+
 def test_a_wrong_kernel_is_found(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = BACKENDS["reference"]
     right = reference.linear_backward
@@ -90,7 +130,7 @@ def test_every_tile_of_a_kernel_is_tried_alone(setup: Setup) -> None:
             assert tile == conv2d.FEW_ROWS["half"] and tile.channels == 1 << 31
             seen.add(tile)
 
-        times = gpu_sections.triton_tiles(setup, direction, side)
+        times = gpu_sections.triton_tiles(setup, direction, "triton", side)
         assert len(times) == len(seen) >= 2 and all(isinstance(us, float) for us in times.values())
         assert listed == shipped
 
