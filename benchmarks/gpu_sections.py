@@ -54,7 +54,8 @@ Item = tuple[str, Callable[[], dict[str, Any]]]
 WIDTHS = (1.0, 0.625, 0.25)
 TRANSFORMER = "vit_small 224px b128"
 SETS = 3  # of inputs
-SANITIZED_SECONDS = 120  # after which no further call starts under compute-sanitizer
+SANITIZED_SECONDS = 120.0  # after which no further call starts under compute-sanitizer; imports, slow there, count
+SANITIZER_GRACE = 15.0  # for the last of them, and for its report
 LEAST_MS = 1.0  # of one reading
 LEFT_OUT = "left out: it has broken the process in other items"
 HALVES = (torch.bfloat16, torch.float16)
@@ -66,9 +67,12 @@ SMALL = {"float32": 2e-6, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
 
 @dataclass(frozen=True)
 class Setup:
-    """Where the suite runs. smoke: tiny shapes. out: the folder of the results. until: the time.time() at which the
-    section is to end. barred: sides that are left out, as they have broken this section's processes. compiling: Triton
-    kernels are only compiled (`compile_ahead`), and nothing is timed or compared.
+    """Where the suite runs, and how.
+
+    smoke: tiny shapes. out: the folder of the results. until: the time.time() at which the section is to end.
+    barred: sides that are left out, as they have broken this section's processes.
+    compiling: Triton kernels are only compiled (`compile_ahead`), nothing is timed or compared.
+    sanitized: our kernels run under compute-sanitizer, and they alone: nothing is compared.
     """
 
     device: torch.device
@@ -77,6 +81,7 @@ class Setup:
     until: float = math.inf
     barred: frozenset[str] = frozenset()
     compiling: bool = False
+    sanitized: bool = False
 
     @property
     def sets(self) -> int:
@@ -380,7 +385,7 @@ def check_operation(setup: Setup, case: OpCase, name: str, precision: str) -> di
     """Errors of one call; raises Mismatch if one is too large."""
     if name in setup.barred:
         return {"skipped": LEFT_OUT}
-    if setup.compiling and not name.startswith("triton"):
+    if (setup.compiling and not name.startswith("triton")) or (setup.sanitized and name in ("aten", "reference")):
         return {}
     with convolutions_in("tf32" if precision == "tf32" else "ieee"):
         return _check_operation(setup, case, name, precision)
@@ -429,8 +434,8 @@ def _check_operation(setup: Setup, case: OpCase, name: str, precision: str) -> d
             given = run(name, dtype, setup.device)
     except BackendError as error:
         return {"skipped": str(error)}
-    if setup.compiling:
-        return {}
+    if setup.compiling or setup.sanitized:
+        return {"errors": {}}
     expected = run("reference", torch.float64, torch.device("cpu"))
     plain = run("aten", dtype, setup.device)
     errors: dict[str, float] = {}
@@ -505,7 +510,9 @@ def multi_tensor(setup: Setup) -> Iterator[Item]:
 
 def sanitizer(setup: Setup) -> Iterator[Item]:
     """compute-sanitizer over the correctness of a few calls. Every tensor is an allocation of its own meanwhile: in the
-    memory that torch keeps, an access behind one tensor would be a good one to the next."""
+    memory that torch keeps, an access behind one tensor would be a good one to the next. Calls that fail are not
+    reported: torch and cuDNN make such calls, to find out what there is."""
+    tools = ("memcheck", "racecheck")
 
     def run(tool: str) -> dict[str, Any]:
         found = shutil.which("compute-sanitizer")
@@ -513,13 +520,18 @@ def sanitizer(setup: Setup) -> Iterator[Item]:
             return {"skipped": "there is no compute-sanitizer, or no GPU"}
         out = setup.out / f"sanitizer_{tool}"
         suite = str(Path(__file__).with_name("gpu_suite.py"))
+        share = (setup.until - time.time()) / (len(tools) - tools.index(tool)) - SANITIZER_GRACE
+        seconds = min(SANITIZED_SECONDS, share)
         # The smoke cases: every operation once, on every backend; as many as there is time for.
         command = [
-            found, "--tool", tool, "--error-exitcode", "9", sys.executable, suite, "--part", "1",
-            "--section", "correctness", "--out", str(out), "--smoke", "--seconds", str(SANITIZED_SECONDS),
+            found, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable, suite,
+            "--part", "1", "--section", "correctness", "--out", str(out), "--smoke", "--sanitized",
+            "--until", str(time.time() + seconds),
         ]  # fmt: skip
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=seconds + SANITIZER_GRACE
+        )
         summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
         log = out / "correctness.jsonl"
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
@@ -529,7 +541,7 @@ def sanitizer(setup: Setup) -> Iterator[Item]:
             raise harness.Mismatch(f"code {done.returncode}: {summary or done.stdout[-2000:]}")
         return {"summary": summary, "calls": sum("errors" in result for result in results)}
 
-    for tool in ("memcheck", "racecheck"):
+    for tool in tools:
         yield tool, partial(run, tool)
 
 
@@ -1112,21 +1124,25 @@ def capture(setup: Setup) -> Iterator[Item]:
 
 
 def steps(setup: Setup) -> Iterator[Item]:
-    """Whole steps beside their rivals, as `us3l bench step` times them, and beside the model of the floor."""
+    """Whole steps beside their rivals, as `us3l bench step` times them, and beside the model of the floor. Those that
+    compile for minutes come last; what is read then takes the place of what was read without them."""
 
-    def run(rivals: Sequence[str], model: str, stem: str, size: int, batch: int) -> dict[str, Any]:
+    def run(name: str, rivals: Sequence[str], model: str, stem: str, size: int, batch: int) -> dict[str, Any]:
         settings = setup.settings(model, stem)
         report = step.measure(
             settings, size=size, batch=batch, rivals=rivals, rounds=1 if setup.smoke else 20, warmup=1 if setup.smoke
             else 4, progress=lambda text: print(f"    {text}", flush=True),
         )  # fmt: skip
-        return {"report": report, "median_ms": report["median_ms"], "ratios": report["ratios"]}
+        return {"report": report, "file": name, "median_ms": report["median_ms"], "ratios": report["ratios"]}
 
-    # CUDA graphs are compile's best mode. Compiling takes minutes: the others are left to `us3l bench step`.
-    rivals = ("published", "eager") if setup.smoke else ("published", "eager", "compile_graphs")
+    rivals = ("published", "eager")
     for name, arguments in networks(setup).items():
-        yield f"step {name}", partial(run, rivals, *arguments)
+        yield f"step {name}", partial(run, f"step {name}", rivals, *arguments)
     yield f"step {TRANSFORMER}", partial(vision_transformer, setup)
+    # CUDA graphs are compile's best mode; the others are left to `us3l bench step`.
+    for name, arguments in networks(setup).items():
+        if not setup.smoke:
+            yield f"step {name}, compiled", partial(run, f"step {name}", (*rivals, "compile_graphs"), *arguments)
 
 
 def vision_transformer(setup: Setup) -> dict[str, Any]:
@@ -1151,21 +1167,24 @@ def vision_transformer(setup: Setup) -> dict[str, Any]:
 
 
 def random_widths(setup: Setup) -> Iterator[Item]:
-    """A new random width in every step beside fixed ones of equal operations, and torch.compile at them."""
+    """A new random width in every step beside fixed ones of equal operations; then torch.compile at them as well, for
+    as long as there is time: what is read with it takes the place of what was read without."""
+    name, (model, stem, size, batch) = next(iter(networks(setup).items()))
 
-    def run(model: str, stem: str, size: int, batch: int) -> dict[str, Any]:
+    def run(rivals: Sequence[str]) -> dict[str, Any]:
         report = widths.measure(
             setup.settings(model, stem),
             size=size,
             batch=batch,
             steps=2 if setup.smoke else 60,
-            rivals=() if setup.smoke else ("compile",),
-            rival_seconds=60,
+            rivals=rivals,
+            rival_seconds=min(300.0, (setup.until - time.time()) / 3),
         )
-        return {"report": report, "ratios": report["ratios"]}
+        return {"report": report, "file": f"random widths {name}", "ratios": report["ratios"]}
 
-    name, arguments = next(iter(networks(setup).items()))
-    yield f"random widths {name}", partial(run, *arguments)
+    yield f"random widths {name}", partial(run, ())
+    if not setup.smoke:
+        yield f"random widths {name}, compiled", partial(run, ("compile",))
 
 
 def one_graph(setup: Setup) -> Iterator[Item]:

@@ -8,8 +8,9 @@ It needs torch and this checkout with its kernels built (`make build PYTHON=pyth
 runs in a process of its own, item by item: an item that raises, hangs or takes the process with it is reported as that,
 and the rest goes on, in a new process where nothing can be computed in the old one any more (after an illegal address,
 or a capture that failed). DIR gets a JSON file for each section, from which `us3l bench table`
-makes the README's table once it lies in benchmarks/results/. What a part has no time for is reported as that:
-`--only` and `--items` run it in another call, and its results join those that are there.
+makes the README's table once it lies in benchmarks/results/, and at the end of a part an archive of all of them. What a
+part has no time for is reported as that: `--only` and `--items` run it in another call, and its results join those that
+are there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import traceback
 from collections import Counter
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # What a process of one section is given: its name, and the time.time() after which no item starts.
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--sanitized", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--compile", type=Path, help=argparse.SUPPRESS)  # the claims of processes that do nothing else
     options = parser.parse_args(arguments)
     options.out = options.out.resolve()
@@ -87,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def setup_of(options: argparse.Namespace) -> Setup:
     """What the sections are told."""
     until = time.time() + options.seconds if options.until is None else options.until
-    return Setup(torch.device(options.device), options.smoke, options.out, until)
+    return Setup(torch.device(options.device), options.smoke, options.out, until, sanitized=options.sanitized)
 
 
 def run_part(options: argparse.Namespace) -> list[Path]:
@@ -106,6 +109,9 @@ def run_part(options: argparse.Namespace) -> list[Path]:
             if time.time() >= until or run_process(options, name, until):
                 break
         files.append(finish(options.part, name, setup_of(options)))
+    with tarfile.open(options.out / f"part{options.part}.tar.gz", "w:gz") as archive:
+        for file in sorted(options.out.glob("*.json")):
+            archive.add(file, file.name)
     return files
 
 
@@ -236,10 +242,10 @@ def finish(part: int, section: str, setup: Setup) -> Path:
         elif items.get(last, {"error": DIED}).get("error") == DIED:
             items[last] = {"error": line["died"]}
     stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "clocks": clocks(setup.device)}
-    for name, result in items.items():
+    for result in items.values():
         if report := result.pop("report", None):
-            harness.write_json(out / f"{slug(name)}.json", report | stamp)
-            result["file"] = f"{slug(name)}.json"
+            result["file"] = f"{slug(result['file'])}.json"
+            harness.write_json(out / result["file"], report | stamp)
     config = {"part": part, "section": section, "smoke": setup.smoke}
     harness.write_json(file, harness.report("gpu", config, setup.device, items=items) | stamp)
     log_of(out, section).unlink(missing_ok=True)

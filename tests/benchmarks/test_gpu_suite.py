@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -161,16 +163,38 @@ def test_the_sanitizer_sees_every_tensor(setup: Setup, monkeypatch: pytest.Monke
     tool.parent.mkdir()
     program = """#!/bin/sh
     echo ERROR SUMMARY: $2 $PYTORCH_NO_CUDA_MEMORY_CACHING
-    mkdir "${12}" && echo '{"result": {"errors": {}}}' > "${12}/correctness.jsonl"
+    mkdir "${14}" && echo '{"result": {"errors": {}}}' > "${14}/correctness.jsonl"
+    test $2 = memcheck || sleep 60
     """
     tool.write_text(program, encoding="utf-8")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
-    gpu = Setup(torch.device("cuda"), True, setup.out)
-    results = [work() for _, work in gpu_sections.sanitizer(gpu)]
-    assert results == [
-        {"summary": [f"ERROR SUMMARY: {name} 1"], "calls": 1} for name in ("memcheck", "racecheck")
-    ]
+    monkeypatch.setattr(gpu_sections, "SANITIZER_GRACE", 0.2)
+    gpu = Setup(torch.device("cuda"), True, setup.out, until=time.time() + 4)
+    (_, memcheck), (_, racecheck) = gpu_sections.sanitizer(gpu)
+    assert memcheck() == {"summary": ["ERROR SUMMARY: memcheck 1"], "calls": 1}
+    with pytest.raises(subprocess.TimeoutExpired):
+        racecheck()
+    assert time.time() < gpu.until + 1
+
+
+def test_under_the_sanitizer_our_kernels_run_and_nothing_else(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    for name in ("native", "aten", "reference"):
+        conv2d = BACKENDS[name].conv2d
+
+        def noted(*arguments: Any, name: str = name, conv2d: Any = conv2d) -> Any:
+            seen.append(name)
+            return conv2d(*arguments)
+
+        monkeypatch.setattr(BACKENDS[name], "conv2d", noted)
+    case = next(case for case in gpu_sections.OP_CASES if case.op == "conv2d")
+    results = {
+        name: gpu_sections.check_operation(replace(setup, sanitized=True), case, name, "float32")
+        for name in gpu_sections.backends("conv2d")
+    }
+    assert results.pop("native", {"errors": {}}) == {"errors": {}} and not any(results.values())
+    assert "aten" not in seen and seen.count("native") == ("native" in gpu_sections.backends("conv2d"))
 
 
 def failing(setup: Setup) -> Iterator[Item]:
@@ -220,6 +244,8 @@ def test_what_dies_is_reported_and_the_rest_goes_on(setup: Setup, monkeypatch: p
     items = json.loads((setup.out / "part1_failing.json").read_text(encoding="utf-8"))["items"]
     assert items["fine"] == items["fine as well"] == {"value": 1}
     assert items["dies"] == {"error": "the process ended with code 7"}
+    with tarfile.open(setup.out / "part1.tar.gz") as archive:
+        assert archive.getnames() == ["part1_failing.json"]
     assert items["hangs"] == {"error": "stopped after 2 s"}
     process = Path("/proc", (setup.out / "started").read_text(encoding="utf-8"), "stat")
     assert not process.exists() or " Z " in process.read_text(encoding="utf-8")
@@ -331,6 +357,16 @@ def test_another_process_goes_on_where_one_was_broken(setup: Setup, monkeypatch:
     items = json.loads((setup.out / "part1_failing.json").read_text(encoding="utf-8"))["items"]
     assert items["breaks"]["error"] == "RuntimeError: an illegal memory access was encountered"
     assert items["fine after it"]["value"] == 1 and items["no more"]["us"].keys() == {"two"}
+
+
+def test_what_is_read_with_compiled_rivals_takes_the_place_of_what_was_read_without(setup: Setup) -> None:
+    log = gpu_suite.log_of(setup.out, "steps")
+    for name, report in (("step a", {"ratios": [1]}), ("step a, compiled", {"ratios": [1, 2]})):
+        gpu_suite.append(log, {"begin": name})
+        gpu_suite.append(log, {"result": {"report": report, "file": "step a", "ratios": report["ratios"]}})
+    items = json.loads(gpu_suite.finish(3, "steps", setup).read_text(encoding="utf-8"))["items"]
+    assert [item["file"] for item in items.values()] == ["step_a.json"] * 2
+    assert json.loads((setup.out / "step_a.json").read_text(encoding="utf-8"))["ratios"] == [1, 2]
 
 
 def test_no_gpu_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
