@@ -231,9 +231,12 @@ def _times(sides: dict[str, Callable[[], object]], calls: int, capture: Capture 
         synchronise()
         return time.perf_counter() - start
 
-    def often(runs: Mapping[str, Callable[[], object]]) -> int:
-        """How often the fastest has to run. All run as often: a reading then costs all the same beside the calls."""
-        return math.ceil(LEAST_SECONDS / max(min(seconds(run) for run in runs.values()), 1e-7))
+    def often(runs: Mapping[str, Callable[[], object]]) -> dict[str, int]:
+        """How often each has to run; on a GPU all as often as the fastest, as a launch and a wait are in a reading."""
+        taken = {name: seconds(run) for name, run in runs.items()}
+        if capture is not None:
+            taken = dict.fromkeys(taken, min(taken.values()))
+        return {name: math.ceil(LEAST_SECONDS / max(one, 1e-7)) for name, one in taken.items()}
 
     def repeated(run: Callable[[], object], repeats: int) -> Callable[[], None]:
         def repeat() -> None:
@@ -245,17 +248,17 @@ def _times(sides: dict[str, Callable[[], object]], calls: int, capture: Capture 
     for side in sides.values():
         side()  # compiles, allocates
     repeats = often(sides)
-    runs = {name: repeated(side, repeats) for name, side in sides.items()}
+    runs = {name: repeated(side, repeats[name]) for name, side in sides.items()}
     if capture is not None:  # a graph may be much shorter than what has recorded it
         runs = {name: capture(run) for name, run in runs.items()}
         replays = often(runs)
-        runs = {name: repeated(run, replays) for name, run in runs.items()}
-        repeats *= replays
+        runs = {name: repeated(run, replays[name]) for name, run in runs.items()}
+        repeats = {name: count * replays[name] for name, count in repeats.items()}
     samples: dict[str, list[float]] = {name: [] for name in sides}
     running = list(sides)
     for turn in range(MOST_ROUNDS):
         for name in running:
-            samples[name].append(seconds(runs[name]) / (repeats * calls))
+            samples[name].append(seconds(runs[name]) / (repeats[name] * calls))
         if turn + 1 >= LEAST_ROUNDS:
             quartiles = {name: quantiles(values, n=4, method="inclusive") for name, values in samples.items()}
             fastest = min(running, key=lambda name: quartiles[name][1])

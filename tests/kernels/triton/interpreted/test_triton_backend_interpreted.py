@@ -41,7 +41,7 @@ def test_the_tuner_measures_it_beside_aten():
     call = measured.describe("conv2d", x, torch.randn(8, 8, 1, 1), {"out_channels": 8, **GEOMETRY, "padding": [0, 0]})
     measurement = tune.measure(call, 1, True, True)
     assert measurement is not None and {"triton", "aten"} <= measurement.forward.keys()
-    assert measurement.backward is not None and measurement.backward.keys() == measurement.forward.keys()
+    assert measurement.training is not None and measurement.training.keys() == measurement.forward.keys()
 
 
 @pytest.mark.parametrize("attached", [False, True])
