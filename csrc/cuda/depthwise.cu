@@ -71,14 +71,17 @@ __global__ void __launch_bounds__(kBlock)
   filters[i] = weight[i % channels * channel + source / width * row + source % width * column];
 }
 
-// W elements of one pixel, zeros outside of the image.
-template <int W, class T>
-__device__ __forceinline__ void load_pixel(const T* row, int64_t pixel, int column, int columns, float (&to)[W]) {
-  if (column >= 0 && column < columns) {
-    load(row + column * pixel, to);
-  } else {
+// What is read outside of an image: behind a branch, each load would be waited for before the next.
+alignas(kAccess) __device__ const unsigned char kOutside[kAccess] = {};
+
+// W elements of each of N neighbouring pixels, zeros outside of the image. Kernels ask for all of a row's pixels before
+// they use the first; their launch bounds leave registers for that, with two blocks on an SM where it can be.
+template <class T, int N, int W>
+__device__ __forceinline__ void load_pixels(const T* row, int64_t pixel, int first, int columns, float (&to)[N][W]) {
 #pragma unroll
-    for (int k = 0; k < W; ++k) to[k] = 0.0f;
+  for (int j = 0; j < N; ++j) {
+    const bool inside = first + j >= 0 && first + j < columns;
+    load(inside ? row + (first + j) * pixel : reinterpret_cast<const T*>(kOutside), to[j]);
   }
 }
 
@@ -99,7 +102,7 @@ __device__ __forceinline__ void store_pixels(const Pixels<T>& to, const Place& p
 
 // y = the correlation of x with filters of K x K taps, S apart; bias null: none.
 template <class T, int K, int S>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, K == 3 ? 2 : 1)
     correlate_kernel(Pixels<const T> x, Pixels<T> y, const float* filters, const float* bias, Axis rows, Axis columns,
                      Cut cut) {
   constexpr int W = kWidth<T>;
@@ -120,14 +123,13 @@ __global__ void __launch_bounds__(kBlock)
     float filter[K][W];
 #pragma unroll
     for (int t = 0; t < K; ++t) load(filters + (tap * K + t) * x.channels + place.channel, filter[t]);
+    float v[(kPixels - 1) * S + K][W];
+    load_pixels(source, x.pixel, first, columns.in, v);
 #pragma unroll
-    for (int j = 0; j < (kPixels - 1) * S + K; ++j) {
-      float v[W];
-      load_pixel(source, x.pixel, first + j, columns.in, v);
+    for (int j = 0; j < (kPixels - 1) * S + K; ++j)
 #pragma unroll
       for (int p = 0; p < kPixels; ++p)
-        if (j - p * S >= 0 && j - p * S < K) add_product(v, filter[j - p * S], sums[p]);
-    }
+        if (j - p * S >= 0 && j - p * S < K) add_product(v[j], filter[j - p * S], sums[p]);
   }
   store_pixels(y, place, column, columns.out, sums);
 }
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kBlock)
 // dx of a correlation with stride 2: an input sees every other tap, beginning with one that its position tells. A group of
 // pixels begins under an output, so that the taps of each are known.
 template <class T, int K>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 2)
     adjoint_stride2_kernel(Pixels<const T> dy, Pixels<T> dx, const float* filters, Axis rows, Axis columns, Cut cut) {
   constexpr int W = kWidth<T>;
   static_assert(kPixels % 2 == 0, "groups begin at even distances");
@@ -151,14 +153,14 @@ __global__ void __launch_bounds__(kBlock)
     float filter[K][W];
 #pragma unroll
     for (int t = 0; t < K; ++t) load(filters + (tap * K + t) * dy.channels + place.channel, filter[t]);
+    constexpr int kLeft = (K - 1) / 2, kRight = (kPixels - 1) / 2;
+    float v[kLeft + 1 + kRight][W];
+    load_pixels(source, dy.pixel, first - kLeft, columns.out, v);
 #pragma unroll
-    for (int j = -(K - 1) / 2; j <= (kPixels - 1) / 2; ++j) {
-      float v[W];
-      load_pixel(source, dy.pixel, first + j, columns.out, v);
+    for (int j = -kLeft; j <= kRight; ++j)
 #pragma unroll
       for (int p = 0; p < kPixels; ++p)
-        if (p - 2 * j >= 0 && p - 2 * j < K) add_product(v, filter[p - 2 * j], sums[p]);
-    }
+        if (p - 2 * j >= 0 && p - 2 * j < K) add_product(v[kLeft + j], filter[p - 2 * j], sums[p]);
   }
   store_pixels(dx, place, column, columns.in, sums);
 }
@@ -222,7 +224,7 @@ struct RowCut {
 
 // Sums of x dy under each tap: partial results [blocks][kh][kw][channels] of the blocks.
 template <class T, int W, int K, int S>
-__global__ void __launch_bounds__(kBlock, 1)  // one block at least: the compiler's own aim of two would spill
+__global__ void __launch_bounds__(kBlock, K == 3 ? 2 : 1)
     filter_gradient_kernel(Pixels<const T> x, Pixels<const T> dy, Axis rows, Axis columns, RowCut cut, float* partials) {
   constexpr int kTaps = K == 0 ? 1 : K, kStep = K == 0 ? 1 : kPixels;
   __shared__ float shared[W][kBlock];
@@ -248,18 +250,14 @@ __global__ void __launch_bounds__(kBlock, 1)  // one block at least: the compile
     const T* const upstream = dy.data + image * dy.image + out * dy.row + channel;
 #pragma unroll 1
     for (int column = 0; column < columns.out; column += kStep) {
-      float g[kStep][W];
+      float g[kStep][W], v[(kStep - 1) * S + kTaps][W];
+      load_pixels(upstream, dy.pixel, column, columns.out, g);
+      load_pixels(source, x.pixel, column * stride - columns.padding + tap_column * columns.dilation, columns.in, v);
 #pragma unroll
-      for (int p = 0; p < kStep; ++p) load_pixel(upstream, dy.pixel, column + p, columns.out, g[p]);
-      const int left = column * stride - columns.padding + tap_column * columns.dilation;
-#pragma unroll
-      for (int j = 0; j < (kStep - 1) * S + kTaps; ++j) {
-        float v[W];
-        load_pixel(source, x.pixel, left + j, columns.in, v);
+      for (int j = 0; j < (kStep - 1) * S + kTaps; ++j)
 #pragma unroll
         for (int p = 0; p < kStep; ++p)
-          if (j - p * S >= 0 && j - p * S < kTaps) add_product(v, g[p], sums[j - p * S]);
-      }
+          if (j - p * S >= 0 && j - p * S < kTaps) add_product(v[j], g[p], sums[j - p * S]);
     }
   }
 
