@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from us3l_kernels.triton import Active, Binary, Norm, ceil_div
+from us3l_kernels.triton import DTYPES, Active, Binary, Norm, ceil_div
 from us3l_kernels.triton.reductions import (
     CHUNKS,
     WARPS,
@@ -357,8 +357,10 @@ def dx_kernel(
 BLOCKS_C = (16, 32, 64)
 """Channels of a program: one that wastes the least, the largest of these."""
 
-ELEMENTS = {8: 4096, 1: 2048}
-"""Of a tile that a program holds in registers, by VECTOR: one element at a time takes more addresses."""
+def _elements(vector: int, itemsize: int) -> int:
+    """Of a tile that a program holds in registers: fewer one at a time, which takes more addresses, and of float32."""
+    return 4096 if vector > 1 and itemsize == 2 else 2048
+
 
 TILES_A_PROGRAM = 4
 """A program that reduces nothing takes this many tiles, so that reading its parameters does not count."""
@@ -371,20 +373,22 @@ def _block_c(channels: int) -> int:
     return min(BLOCKS_C, key=lambda block: (ceil_div(channels, block) * block, -block))
 
 
-def _tile(block_c: int, vector: int) -> dict[str, int]:
-    return {"VECTOR": vector, "BLOCK_ROWS": ELEMENTS[vector] // block_c, "BLOCK_C": block_c}
+def _tile(block_c: int, vector: int, itemsize: int) -> dict[str, int]:
+    return {"VECTOR": vector, "BLOCK_ROWS": _elements(vector, itemsize) // block_c, "BLOCK_C": block_c}
 
 
-def _reduction(rows: int, views: int, channels: int, vector: int) -> tuple[dict[str, int], int, int]:
+def _reduction(rows: int, views: int, channels: int, vector: int, itemsize: int) -> tuple[dict[str, int], int, int]:
     """(the tile, rows of a chunk, chunks of a view) where sums over rows are taken."""
-    tile = _tile(_block_c(channels), vector)
+    tile = _tile(_block_c(channels), vector, itemsize)
     most = max(1, CHUNKS // (ceil_div(channels, tile["BLOCK_C"]) * views))
     return tile, *in_chunks(rows, tile["BLOCK_ROWS"], most)
 
 
-def _elementwise(rows: int, views: int, channels: int, vector: int) -> tuple[dict[str, int], int, tuple[int, int]]:
+def _elementwise(
+    rows: int, views: int, channels: int, vector: int, itemsize: int
+) -> tuple[dict[str, int], int, tuple[int, int]]:
     """(the tile, rows of a chunk, the grid) where no sums are taken."""
-    tile = _tile(_block_c(channels), vector)
+    tile = _tile(_block_c(channels), vector, itemsize)
     per_chunk = tile["BLOCK_ROWS"] * TILES_A_PROGRAM
     return tile, per_chunk, (max(1, ceil_div(rows, per_chunk)) * ceil_div(channels, tile["BLOCK_C"]), views)
 
@@ -418,7 +422,7 @@ def forward(
     rstd = torch.empty_like(mean)
     if training:
         if moments is None:
-            tile, per_chunk, chunks = _reduction(rows, views, channels, vector)
+            tile, per_chunk, chunks = _reduction(rows, views, channels, vector, x.element_size())
             moments = Moments(partial_sums(chunks, channels, x, views), per_chunk)
             moments_kernel[(chunks * ceil_div(channels, tile["BLOCK_C"]), views)](
                 x,
@@ -451,7 +455,7 @@ def forward(
             num_warps=WARPS,
         )
         running_mean = running_var = None
-    tile, per_chunk, grid = _elementwise(rows, views, channels, vector)
+    tile, per_chunk, grid = _elementwise(rows, views, channels, vector, x.element_size())
     normalise_kernel[grid](
         x,
         residual,
@@ -504,7 +508,7 @@ def backward(
         means is not None or grad_weight is not None or grad_bias is not None or dresidual is not None
     ):
         vector, units, strides = in_units(channels, (grad, x, y, dresidual), active=active)
-        tile, per_chunk, chunks = _reduction(rows, views, channels, vector)
+        tile, per_chunk, chunks = _reduction(rows, views, channels, vector, x.element_size())
         sums = partial_sums(chunks, channels, x, views)
         sums_kernel[(chunks * ceil_div(channels, tile["BLOCK_C"]), views)](
             grad,
@@ -534,7 +538,7 @@ def backward(
         return None, dresidual
     dx = new_rows(x)
     vector, units, strides = in_units(channels, (grad, x, y, unwritten, dx), active=active)
-    tile, per_chunk, grid = _elementwise(rows, views, channels, vector)
+    tile, per_chunk, grid = _elementwise(rows, views, channels, vector, x.element_size())
     dx_kernel[grid](
         grad,
         x,
@@ -596,7 +600,7 @@ def _binaries(
     tensors = ("x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "dresidual_ptr", "dx_ptr")
     vectors = dict.fromkeys(("partials_ptr", *_VECTORS), "*fp32")
     types = {**dict.fromkeys(tensors, f"*{dtype}"), **vectors, "eps": "fp32", "active_ptr": "*i32"}
-    tile = _tile(block_c, vector)
+    tile = _tile(block_c, vector, DTYPES[dtype])
     kind = f"{dtype} {tile['BLOCK_ROWS']}x{block_c}{'' if vector > 1 else ', any channels'}{', any width' * any_width}"
     of_width = {"VIEWS": 2} if any_width else by_width(1, None)
     settings: dict[str, Any] = {"warps": WARPS, "stages": 3, "matrix": False, "narrow": 4 if vector > 1 else None}

@@ -518,7 +518,7 @@ PRODUCT_TILES = {
     ),
     "tf32": (Tile(128, 64, 32, 4, channels=64), Tile(128, 128, 32, 8)),
     "ieee": (Tile(64, 64, 16, 8),),
-    "any": (Tile(64, 64, 32, 8),),
+    "any": (Tile(64, 64, 32, 4, capability=100), Tile(64, 64, 32, 8)),
     "any ieee": (Tile(64, 32, 16, 4, capability=100), Tile(64, 64, 16, 8)),
 }
 # Of dX with an epilogue, which needs registers for what it reads, of a stride, and for any width.
@@ -531,6 +531,8 @@ JOINED_TILES = {
 }
 FEW_ROWS = {"half": Tile(64, 64, 64, 4), "tf32": Tile(64, 32, 32, 8)}
 """Instead of those that would be fewer than the multiprocessors."""
+FEW_JOINED_ROWS = {**FEW_ROWS, "half": Tile(64, 64, 64, 8)}
+"""Instead of JOINED_TILES, also where taps and channels are one axis: larger ones spill there."""
 GRADIENT_TILES = {
     "half": (Tile(64, 64, 64, 4, channels=64), Tile(128, 128, 64, 8, pair=True)),
     "tf32": (Tile(64, 64, 32, 4, channels=64), Tile(128, 128, 32, 8)),
@@ -698,8 +700,8 @@ def _product(
     joined = added is not None or norm is not None or (gradient and (sizes is not None or phases > 1))
     tile = _tile(JOINED_TILES if joined else PRODUCT_TILES, precision, vector, n_size, gpu.capability, most)
     few = parts * phases * ceil_div(rows, tile.m) * ceil_div(n_size, tile.n) < gpu.multiprocessors
-    if few or (joined and _is_flat(geometry, k_size, tile.k)):  # which spills with larger tiles
-        tile = FEW_ROWS.get(precision, tile) if vector > 1 else tile
+    if vector > 1 and (few or (joined and _is_flat(geometry, k_size, tile.k))):
+        tile = (FEW_JOINED_ROWS if joined else FEW_ROWS).get(precision, tile)
     tiles = ceil_div(rows, tile.m)
     partials = None if views is None else partial_sums(phases * tiles, n_size, a, views)
     constants = _product_constants(
@@ -940,14 +942,14 @@ def binaries(capability: int) -> Iterator[Binary]:
         return _gradient_binary(capability, geometry, tile, precision, dtype, **options)
 
     for precision, dtype in (("half", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
-        few_rows = [FEW_ROWS[precision]] if precision in FEW_ROWS else []
+        few_rows, few_joined = ([few[precision]] if precision in few else [] for few in (FEW_ROWS, FEW_JOINED_ROWS))
         for tile in (*PRODUCT_TILES[precision], *few_rows):
             if capability >= tile.capability:
                 for dx in (False, True):
                     yield product("3x3", tile, precision, dtype, dx=dx)
                 if tile.n <= COLUMNS_WITH_STATISTICS:
                     yield product("3x3", tile, precision, dtype, statistics=True)
-        for tile in (*JOINED_TILES[precision], *few_rows):
+        for tile in (*JOINED_TILES[precision], *few_joined):
             for norm in ("x", "y"):
                 yield product("3x3", tile, precision, dtype, dx=True, added=True, norm=norm, activation="relu6")
         for tile in GRADIENT_TILES[precision]:
@@ -970,7 +972,7 @@ def binaries(capability: int) -> Iterator[Binary]:
         for geometry in ("1x1", "3x3/2"):
             yield product(geometry, joined, "half", dtype, dx=True, norm="x", activation="relu")
     yield product("3x3", narrow, "half", "bf16", statistics=True, flat=True)
-    yield product("3x3", FEW_ROWS["half"], "half", "bf16", dx=True, flat=True, norm="x", activation="relu")
+    yield product("3x3", FEW_JOINED_ROWS["half"], "half", "bf16", dx=True, flat=True, norm="x", activation="relu")
     yield product("1x1", joined, "half", "bf16", dx=True, added=True)
     yield product("1x1", joined, "half", "bf16", dx=True, added=True, norm="y", activation="relu")
     yield product("1x1", joined, "half", "bf16", dx=True, added=True, norm="x")
@@ -1003,8 +1005,8 @@ def _for_any_width(capability: int) -> Iterator[Binary]:
         return _gradient_binary(capability, geometry, tile, precision, dtype, any_width=True, **options)
 
     of_norm: dict[str, Any] = {"added": True, "norm": "y", "activation": "relu6"}
-    few = FEW_ROWS["half"]
-    for tile in (*PRODUCT_TILES["half"], few):
+    few = FEW_JOINED_ROWS["half"]
+    for tile in (*PRODUCT_TILES["half"], FEW_ROWS["half"]):
         if capability >= tile.capability:
             yield product("3x3", tile, statistics=tile.n <= COLUMNS_WITH_STATISTICS)
     for tile in (*JOINED_TILES["half"], few):

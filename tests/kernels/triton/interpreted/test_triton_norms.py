@@ -148,7 +148,7 @@ def test_batch_norm_in_many_chunks(monkeypatch):
     small = {"BLOCK_CHUNKS": 2, "BLOCK_C": 8}
     monkeypatch.setattr(batch_norm, "STATISTICS", small)
     monkeypatch.setattr(reductions, "STAGE2", small)
-    monkeypatch.setattr(batch_norm, "ELEMENTS", {8: 64 * 4, 1: 16 * 4})
+    monkeypatch.setattr(batch_norm, "_elements", lambda vector, itemsize: {8: 64 * 4, 1: 16 * 4}[vector])
     monkeypatch.setattr(batch_norm, "CHUNKS", 6)
     check_batch_norm("relu", torch.float32, training=True)
     check_batch_norm("plain", torch.float32, training=True)
