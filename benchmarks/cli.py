@@ -53,8 +53,9 @@ Json = Annotated[Path | None, typer.Option("--json", help="Where to write the re
 
 
 @app.callback()
-def _prepare() -> None:
-    harness.fix_allocator()
+def _prepare(context: typer.Context) -> None:
+    if context.invoked_subcommand != "static":  # where nothing is timed, and what is kept would be gigabytes
+        harness.fix_allocator()
 
 
 @app.command("step")
