@@ -50,7 +50,7 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
     from triton.backends.compiler import GPUTarget
 
     launches: list[Launch] = []
-    grids: list[tuple[int, ...]] = []
+    asked: list[tuple[tuple[int, ...], int | None]] = []  # the grid, and the bound on registers
     gpu = Gpu(capability, MULTIPROCESSORS[capability], SHARED_MEMORY[capability])
     target = GPUTarget("cuda", capability, 32)
     driver = SimpleNamespace(
@@ -61,25 +61,25 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
     )
     run = runtime.JITFunction.run
 
-    def take_grid(self: Any, *arguments: Any, grid: Any, **options: Any) -> Any:
-        grids.append(tuple(grid))
+    def take_what_hooks_are_not_told(self: Any, *arguments: Any, grid: Any, **options: Any) -> Any:
+        asked.append((tuple(grid), options.get("maxnreg")))
         return run(self, *arguments, grid=grid, **options)
 
     def take(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        launches.append(_launch(fn.jit_function, compile, grids[-1]))
+        launches.append(_launch(fn.jit_function, compile, *asked[-1]))
         return True  # it is not to be compiled
 
     with (
         patch.object(triton, "DEVICE", "cpu"),
         patch.object(triton, "_gpu", lambda index: gpu),
         patch.object(runtime.driver, "_active", driver),
-        patch.object(runtime.JITFunction, "run", take_grid),
+        patch.object(runtime.JITFunction, "run", take_what_hooks_are_not_told),
         patch.object(knobs.runtime, "jit_cache_hook", take),
     ):
         yield launches
 
 
-def _launch(kernel: Any, asked: dict[str, Any], grid: tuple[int, ...]) -> Launch:
+def _launch(kernel: Any, asked: dict[str, Any], grid: tuple[int, ...], registers: int | None) -> Launch:
     names = kernel.arg_names
     constants = {names[path[0]]: value for path, value in asked["constants"].items()}
     types = {name: kind for name, kind in asked["signature"].items() if name not in constants and kind != "i32"}
@@ -96,6 +96,7 @@ def _launch(kernel: Any, asked: dict[str, Any], grid: tuple[int, ...]) -> Launch
         matrix="BLOCK_K" in constants and constants.get("PRECISION") != "ieee",
         # Per-channel vectors and counts of active channels.
         narrow=NARROW if constants.get("VECTOR", 1) > 1 and dtype == "*bf16" else None,
+        registers=registers,
     )
     return Launch(binary, aligned, grid)
 

@@ -67,7 +67,8 @@ def binaries_of_steps(capability: int) -> list[Binary]:
 def identity(binary: Binary) -> Hashable:
     """Equal for binaries that are the same."""
     types = {name: binary.types.get(name, "i32") for name in binary.kernel.arg_names if name not in binary.constants}
-    return binary.kernel, *types.items(), frozenset(binary.constants.items()), binary.warps, binary.stages
+    options = binary.warps, binary.stages, binary.registers
+    return binary.kernel, *types.items(), frozenset(binary.constants.items()), *options
 
 
 def compile_binary(binary: Binary, capability: int) -> Code:
@@ -80,7 +81,7 @@ def compile_binary(binary: Binary, capability: int) -> Code:
     signature = {n: "constexpr" if n in binary.constants else binary.types.get(n, "i32") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     source = ASTSource(fn=binary.kernel, signature=signature, constexprs=dict(binary.constants), attrs=aligned)
-    options = {"num_warps": binary.warps, "num_stages": binary.stages}
+    options = {"num_warps": binary.warps, "num_stages": binary.stages, "maxnreg": binary.registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
     registers, stack, instructions = _disassemble(compiled.asm["cubin"])
     return Code(binary.name, capability, registers, stack, compiled.metadata.shared, instructions)

@@ -76,7 +76,8 @@ class Binary:
     types: Triton types of the arguments that are not int32, e.g. {"x": "*bf16"}. constants: values of the constexpr
     arguments; pointers count as 16-byte aligned, as torch's allocations are. matrix: it must use the tensor cores.
     narrow: how many of its loads and stores may be of less than 16 bytes (per-channel vectors, say); None for any
-    number, as for the binaries of channels that are no multiple of 8.
+    number, as for the binaries of channels that are no multiple of 8. registers: of a thread, at most; without it the
+    compiler may spill some so that one more block fits on a multiprocessor.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Binary:
     stages: int
     matrix: bool
     narrow: int | None = 0
+    registers: int | None = None
 
 
 class Active(NamedTuple):

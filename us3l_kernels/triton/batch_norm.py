@@ -359,7 +359,11 @@ BLOCKS_C = (16, 32, 64)
 
 def _elements(vector: int, itemsize: int) -> int:
     """Of a tile that a program holds in registers: fewer one at a time, which takes more addresses, and of float32."""
-    return 4096 if vector > 1 and itemsize == 2 else 2048
+    return (4096 if itemsize == 2 else 2048) if vector > 1 else 1024
+
+
+MOST_REGISTERS = 128
+"""Of a thread, for the smaller tiles. The compiler is told, or else it spills some to have less than it needs."""
 
 
 TILES_A_PROGRAM = 4
@@ -374,7 +378,10 @@ def _block_c(channels: int) -> int:
 
 
 def _tile(block_c: int, vector: int, itemsize: int) -> dict[str, int]:
-    return {"VECTOR": vector, "BLOCK_ROWS": _elements(vector, itemsize) // block_c, "BLOCK_C": block_c}
+    """What a launch is given of it."""
+    elements = _elements(vector, itemsize)
+    bound = {"maxnreg": MOST_REGISTERS} if elements < 4096 else {}
+    return {"VECTOR": vector, "BLOCK_ROWS": elements // block_c, "BLOCK_C": block_c, "num_warps": WARPS, **bound}
 
 
 def _reduction(rows: int, views: int, channels: int, vector: int, itemsize: int) -> tuple[dict[str, int], int, int]:
@@ -434,7 +441,6 @@ def forward(
                 x_stride,
                 **of_width,
                 **tile,
-                num_warps=WARPS,
             )
         one_by_one = running_mean is not None  # which every view changes
         statistics_kernel[(ceil_div(channels, STATISTICS["BLOCK_C"]), 1 if one_by_one else views)](
@@ -476,7 +482,6 @@ def forward(
         ACTIVATION=activation,
         **of_width,
         **tile,
-        num_warps=WARPS,
     )
     return y, mean, rstd
 
@@ -528,7 +533,6 @@ def backward(
             ACTIVATION=activation,
             **of_width,
             **tile,
-            num_warps=WARPS,
         )
         if dresidual is not None:  # already masked
             grad, y, unwritten, activation = dresidual, None, None, None
@@ -557,7 +561,6 @@ def backward(
         ACTIVATION=activation,
         **of_width,
         **tile,
-        num_warps=WARPS,
     )
     return dx, dresidual
 
@@ -603,7 +606,8 @@ def _binaries(
     tile = _tile(block_c, vector, DTYPES[dtype])
     kind = f"{dtype} {tile['BLOCK_ROWS']}x{block_c}{'' if vector > 1 else ', any channels'}{', any width' * any_width}"
     of_width = {"VIEWS": 2} if any_width else by_width(1, None)
-    settings: dict[str, Any] = {"warps": WARPS, "stages": 3, "matrix": False, "narrow": 4 if vector > 1 else None}
+    settings: dict[str, Any] = {"warps": tile.pop("num_warps"), "stages": 3, "registers": tile.pop("maxnreg", None)}
+    settings |= {"matrix": False, "narrow": 4 if vector > 1 else None}
     fused = f" +{activation}" * (activation is not None) + " +residual" * residual
     running: dict[str, Any] = {"running_mean_ptr": None, "running_var_ptr": None}
     added: dict[str, Any] = {} if residual else {"residual_ptr": None}

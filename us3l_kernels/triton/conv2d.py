@@ -511,27 +511,31 @@ class Tile:
 # of exact float32 without them; with channels that are no multiple of 8 "any" of the first two, "any ieee" of the last.
 PRODUCT_TILES = {
     "half": (
-        Tile(128, 64, 64, 4, channels=64),
+        Tile(128, 64, 64, 8, channels=64, pair=True),
         Tile(128, 128, 64, 8, channels=192, pair=True),
         Tile(128, 256, 64, 8, capability=90),
         Tile(128, 128, 64, 8, pair=True),
     ),
     "tf32": (Tile(128, 64, 32, 4, channels=64), Tile(128, 128, 32, 8)),
-    "ieee": (Tile(64, 64, 16, 8),),
+    "ieee": (Tile(64, 64, 16, 4),),
     "any": (Tile(64, 64, 32, 4, capability=100), Tile(64, 64, 32, 8)),
     "any ieee": (Tile(64, 32, 16, 4, capability=100), Tile(64, 64, 16, 8)),
 }
 # Of dX with an epilogue, which needs registers for what it reads, of a stride, and for any width.
 JOINED_TILES = {
-    "half": (Tile(128, 64, 64, 8, channels=64), Tile(128, 128, 64, 8)),
-    "tf32": (Tile(64, 32, 32, 8),),
+    "half": (
+        Tile(128, 64, 64, 8, channels=64, capability=90),
+        Tile(64, 64, 64, 8, channels=64),
+        Tile(128, 128, 64, 8),
+    ),
+    "tf32": (Tile(64, 32, 32, 8, capability=90), Tile(32, 64, 32, 4)),
     "ieee": (Tile(64, 32, 16, 8),),
     "any": (Tile(64, 64, 32, 8),),
     "any ieee": (Tile(64, 32, 16, 8),),
 }
 FEW_ROWS = {"half": Tile(64, 64, 64, 4), "tf32": Tile(64, 32, 32, 8)}
 """Instead of those that would be fewer than the multiprocessors."""
-FEW_JOINED_ROWS = {**FEW_ROWS, "half": Tile(64, 64, 64, 8)}
+FEW_JOINED_ROWS = {"half": Tile(64, 64, 64, 8)}
 """Instead of JOINED_TILES, also where taps and channels are one axis: larger ones spill there."""
 GRADIENT_TILES = {
     "half": (Tile(64, 64, 64, 4, channels=64), Tile(128, 128, 64, 8, pair=True)),
@@ -589,6 +593,16 @@ def _tile(
     key = precision if vector > 1 else "any ieee" if precision == "ieee" else "any"
     fitting = (tile for tile in tiles[key] if channels <= tile.channels and capability >= tile.capability)
     return next(tile for tile in fitting if tile.n <= most)
+
+
+def _reachable(tiles: Sequence[Tile], capability: int) -> list[Tile]:
+    """Those that `_tile` takes for some number of channels."""
+    found: list[Tile] = []
+    for tile in tiles:
+        hidden = any(first.channels >= tile.channels and first.n <= tile.n for first in found)
+        if capability >= tile.capability and not hidden:
+            found.append(tile)
+    return found
 
 
 def _settings(tile: Tile, itemsize: int, shared_memory: int) -> dict[str, int]:
@@ -943,19 +957,18 @@ def binaries(capability: int) -> Iterator[Binary]:
 
     for precision, dtype in (("half", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
         few_rows, few_joined = ([few[precision]] if precision in few else [] for few in (FEW_ROWS, FEW_JOINED_ROWS))
-        for tile in (*PRODUCT_TILES[precision], *few_rows):
-            if capability >= tile.capability:
-                for dx in (False, True):
-                    yield product("3x3", tile, precision, dtype, dx=dx)
-                if tile.n <= COLUMNS_WITH_STATISTICS:
-                    yield product("3x3", tile, precision, dtype, statistics=True)
-        for tile in (*JOINED_TILES[precision], *few_joined):
+        for tile in (*_reachable(PRODUCT_TILES[precision], capability), *few_rows):
+            for dx in (False, True):
+                yield product("3x3", tile, precision, dtype, dx=dx)
+            if tile.n <= COLUMNS_WITH_STATISTICS:
+                yield product("3x3", tile, precision, dtype, statistics=True)
+        for tile in (*_reachable(JOINED_TILES[precision], capability), *few_joined):
             for norm in ("x", "y"):
                 yield product("3x3", tile, precision, dtype, dx=True, added=True, norm=norm, activation="relu6")
-        for tile in GRADIENT_TILES[precision]:
+        for tile in _reachable(GRADIENT_TILES[precision], capability):
             yield gradient("3x3", tile, precision, dtype)
     tile, narrow = PRODUCT_TILES["half"][1], PRODUCT_TILES["half"][0]
-    joined = JOINED_TILES["half"][1]
+    joined = JOINED_TILES["half"][-1]
     of_gradient, narrow_of_gradient = GRADIENT_TILES["half"][1], GRADIENT_TILES["half"][0]
     for dtype in ("bf16", "fp16"):
         for geometry in _GEOMETRIES:
@@ -1006,18 +1019,17 @@ def _for_any_width(capability: int) -> Iterator[Binary]:
 
     of_norm: dict[str, Any] = {"added": True, "norm": "y", "activation": "relu6"}
     few = FEW_JOINED_ROWS["half"]
-    for tile in (*PRODUCT_TILES["half"], FEW_ROWS["half"]):
-        if capability >= tile.capability:
-            yield product("3x3", tile, statistics=tile.n <= COLUMNS_WITH_STATISTICS)
-    for tile in (*JOINED_TILES["half"], few):
+    for tile in (*_reachable(PRODUCT_TILES["half"], capability), FEW_ROWS["half"]):
+        yield product("3x3", tile, statistics=tile.n <= COLUMNS_WITH_STATISTICS)
+    for tile in (*_reachable(JOINED_TILES["half"], capability), few):
         yield product("3x3", tile, dx=True)
         for norm in ("x", "y"):
             yield product("3x3", tile, dx=True, **{**of_norm, "norm": norm})
-    for tile in GRADIENT_TILES["half"]:
+    for tile in _reachable(GRADIENT_TILES["half"], capability):
         yield gradient("3x3", tile)
     for geometry in ("1x1", "1x1/2", "3x3/2", "7x7/2"):
         yield product(geometry, PRODUCT_TILES["half"][1], statistics=True)
-        yield product(geometry, JOINED_TILES["half"][1], dx=True)
+        yield product(geometry, JOINED_TILES["half"][-1], dx=True)
         yield gradient(geometry, GRADIENT_TILES["half"][1])
     yield product("3x3", PRODUCT_TILES["half"][0], statistics=True, flat=True)
     yield product("3x3", few, dx=True, flat=True)

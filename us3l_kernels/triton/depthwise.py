@@ -385,6 +385,7 @@ def _correlate(
         **by_width(views, active),
         **_correlation_constants(geometry, gradient, vector, pixels, activation),
         num_warps=WARPS,
+        maxnreg=_most_registers(vector, pixels),
     )
     return partials
 
@@ -392,6 +393,11 @@ def _correlate(
 def _block_pixels(vector: int, itemsize: int, joined: bool) -> int:
     """Of a program; half as many of float32 where dX has an epilogue, which would else spill."""
     return BLOCK_PIXELS[vector] // (2 if joined and itemsize == 4 else 1)
+
+
+def _most_registers(vector: int, pixels: int) -> int | None:
+    """Of a thread, for the smaller tiles: the compiler is told, or else it spills some to have less than it needs."""
+    return None if pixels == BLOCK_PIXELS[vector] else 168
 
 
 def _correlation_constants(
@@ -552,7 +558,11 @@ def _binaries(name: str, dtype: str, vector: int, any_width: bool = False) -> It
             **unused,
         }
         yield Binary(
-            f"depthwise {kind_of} {kind}", correlation_kernel, types, constants, **{**settings, "narrow": narrow}
+            f"depthwise {kind_of} {kind}",
+            correlation_kernel,
+            types,
+            constants,
+            **{**settings, "narrow": narrow, "registers": _most_registers(vector, pixels)},
         )
     types = {"grad_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "partials_ptr": "*fp32", "active_ptr": "*i32"}
     constants = {**_gradient_constants(geometry, vector, DTYPES[dtype]), **all_channels, "WIDTHS": 1 + any_width}
